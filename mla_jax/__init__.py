@@ -1,0 +1,1 @@
+"""MLA decoding for JAX on NVIDIA GPUs."""
