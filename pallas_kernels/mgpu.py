@@ -1,0 +1,213 @@
+"""The few Mosaic GPU helpers that kernels share: what Pallas itself does not offer.
+
+`HARDWARE` is what runs on a GPU. The CPU interpreter knows neither named barriers nor PTX, so tests run the same kernel
+functions on `INTERPRETED`. The two classes are the whole table of differences between the kernel that ships and the
+kernel that is proved:
+
+| operation | on the GPU | interpreted |
+|---|---|---|
+| `barriers` | named barriers (`bar.arrive`, `bar.sync`), no memory | one `plgpu.Barrier` each |
+| `publish_smem` | proxy fence, ordered by the named barrier that follows | `plgpu.commit_smem` (fence and barrier) |
+| `launch_dependents`, `wait_for_primary` | griddepcontrol | nothing: kernels run one after the other |
+| `producer_warp` | one warp of the warpgroup | the warpgroup as one thread |
+| `gather_rows` | `cp.async`, 16 bytes each | one plain copy a row |
+
+The interpreter also lacks wgmma with an operand or an initial accumulator in registers; tests/kernels/interpreter.py
+teaches it those, and race-checks what wgmma reads.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import llvm, nvvm
+
+WARPGROUP = 128  # threads
+WARP = 32  # threads
+
+# 65536 registers a SM over 128 threads is 512, but ptxas gives each of 384 threads 168 before the warpgroups
+# redistribute them. Asking for more than 3 * 168 in all hangs at setmaxnreg without a word.
+MAX_REGISTERS = 504
+MAX_SMEM_BYTES = 232448  # what one CTA of an SM90 or SM100 GPU may ask for
+SMEM_ALIGN_BYTES = 1024  # Mosaic pads every scratch buffer to this
+
+LOG2_E = 1.4426950408889634
+LN_2 = 0.6931471805599453
+
+WGMMA = plgpu.Layout.WGMMA
+WGMMA_ROW = plgpu.Layout.WGMMA.reduce(1)
+"""Layouts of a wgmma accumulator and of one value per row of it."""
+
+
+def tile(shape: tuple[int, ...], dtype=jnp.bfloat16, swizzle_bytes: int = 128) -> plgpu.SMEM:
+    """A shared-memory buffer in the layout that wgmma and TMA read and write (8 rows by `swizzle_bytes`)."""
+    columns = swizzle_bytes // jnp.dtype(dtype).itemsize
+    return plgpu.SMEM(
+        shape,
+        dtype,
+        transforms=(plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(swizzle_bytes)),
+    )
+
+
+def smem_bytes(scratch: Any) -> int:
+    """What Mosaic allocates for a pytree of scratch types: each buffer padded, 8 bytes a barrier."""
+    total = 0
+    for ref in jax.tree.leaves(scratch):
+        if isinstance(ref, plgpu.Barrier):
+            total += 8 * ref.num_barriers
+        else:
+            num_bytes = int(jnp.dtype(ref.dtype).itemsize)
+            for extent in ref.shape:
+                num_bytes *= extent
+            total += -(-num_bytes // SMEM_ALIGN_BYTES) * SMEM_ALIGN_BYTES
+    return total
+
+
+def asm(text: str, operands: str = "", *values: ir.Value, result: str = "!llvm.void") -> ir.Value:
+    """Inline PTX that the compiler neither drops nor moves. Only inside `plgpu.inline_mgpu` functions."""
+    return llvm.inline_asm(ir.Type.parse(result), list(values), text, operands, has_side_effects=True)
+
+
+def opaque_zero(i: jax.Array) -> jax.Array:
+    """0 that the compiler cannot prove to be 0 or loop-invariant; `i` is a loop counter below 2^29.
+
+    Added to the index of a buffer that wgmma reads. ptxas otherwise hoists some 60 wgmma descriptors out of the loop,
+    spills them, and reloads them before every product: 13 % of the time at R=128, 20 % at R=256 on an H100.
+    """
+    return lax.shift_right_logical(i, jnp.int32(29))
+
+
+def rows_to_tile(x: jax.Array, shape: tuple[int, int]) -> jax.Array:
+    """[rows] -> [rows, columns], the same value along a row."""
+    return lax.broadcast_in_dim(x, shape, [0])
+
+
+@dataclasses.dataclass(frozen=True)
+class Handoff:
+    """A barrier at which `arrive_threads` threads hand something to `wait_threads` others."""
+
+    arrive_threads: int
+    wait_threads: int
+
+
+class Barriers:
+    """Handoffs as named barriers. Mosaic uses the ids up to the number of warpgroups; ours begin at 4."""
+
+    FIRST_ID = 4
+    NUM_IDS = 16
+
+    def __init__(self, handoffs: Mapping[str, Handoff]):
+        if self.FIRST_ID + len(handoffs) > self.NUM_IDS:
+            raise ValueError(f"{len(handoffs)} handoffs, but {self.NUM_IDS - self.FIRST_ID} named barriers")
+        self._text = {
+            name: f"{self.FIRST_ID + i}, {handoff.arrive_threads + handoff.wait_threads};"
+            for i, (name, handoff) in enumerate(handoffs.items())
+        }
+
+    def arrive(self, name: str) -> None:
+        """The calling threads' part is done. Does not block."""
+        _run_asm(f"bar.arrive {self._text[name]}")
+
+    def wait(self, name: str) -> None:
+        """Blocks until everyone who should has arrived."""
+        _run_asm(f"bar.sync {self._text[name]}")
+
+
+def _run_asm(text: str) -> None:
+    @plgpu.inline_mgpu()
+    def run(_):
+        asm(text)
+
+    run()
+
+
+class Hardware:
+    """Operations that are not plain Pallas, as they are on a GPU."""
+
+    def barrier_scratch(self, handoffs: Mapping[str, Handoff]) -> dict[str, Any]:
+        """Scratch types that `barriers` needs."""
+        del handoffs
+        return {}
+
+    def barriers(self, handoffs: Mapping[str, Handoff], scratch: Mapping[str, Any]) -> Barriers:
+        del scratch
+        return Barriers(handoffs)
+
+    def publish_smem(self) -> None:
+        """Makes this thread's shared-memory writes visible to wgmma and TMA, once a barrier has ordered them."""
+
+        @plgpu.inline_mgpu()
+        def fence(_):
+            nvvm.fence_proxy(nvvm.ProxyKind.async_shared, space=nvvm.SharedSpace.shared_cta)
+
+        fence()
+
+    def launch_dependents(self) -> None:
+        """Lets the next kernel of the stream start its prologue (programmatic dependent launch)."""
+        plgpu.griddepcontrol_launch_dependents()
+
+    def wait_for_primary(self) -> None:
+        """Waits until the previous kernel's writes are visible."""
+        plgpu.griddepcontrol_wait()
+
+    def producer_warp(self, run: Callable[[], None]) -> None:
+        """Runs `run` on the first warp of the calling warpgroup."""
+
+        @plgpu.warp_map
+        def _(warp):
+            pl.when(warp == 0)(run)
+
+
+class _InterpretedBarriers(Barriers):
+    def __init__(self, handoffs: Mapping[str, Handoff], refs: Mapping[str, Any]):
+        super().__init__(handoffs)
+        self._refs = refs
+
+    def arrive(self, name: str) -> None:
+        plgpu.barrier_arrive(self._refs[name])
+
+    def wait(self, name: str) -> None:
+        plgpu.barrier_wait(self._refs[name])
+
+
+class Interpreted(Hardware):
+    """The same operations in the terms that Pallas' GPU interpreter knows."""
+
+    def barrier_scratch(self, handoffs):
+        # The interpreter counts a warpgroup as one thread.
+        return {
+            name: plgpu.Barrier(num_arrivals=max(1, handoff.arrive_threads // WARPGROUP))
+            for name, handoff in handoffs.items()
+        }
+
+    def barriers(self, handoffs, scratch):
+        return _InterpretedBarriers(handoffs, scratch)
+
+    def publish_smem(self):
+        plgpu.commit_smem()
+
+    def launch_dependents(self):
+        pass
+
+    def wait_for_primary(self):
+        pass
+
+    def producer_warp(self, run):
+        run()
+
+
+HARDWARE = Hardware()
+INTERPRETED = Interpreted()
+
+
+def operations(interpret: Any) -> Hardware:
+    """The table that goes with the `interpret` argument of `plgpu.kernel`."""
+    return HARDWARE if interpret is None else INTERPRETED

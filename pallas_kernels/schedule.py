@@ -1,0 +1,343 @@
+"""The split plan: request lengths -> which part of the GPU works on which KV blocks.
+
+Vocabulary, used by the kernels as well:
+
+* *item*: what one softmax runs over. Dense decode: a request. Sparse decode: a (request, query row) pair.
+* *block*: `BLOCK_TOKENS` consecutive keys of an item. A sparse item's blocks are those of its main scope, then those
+  of its extra scope.
+* *piece*: a run of blocks of one item, worked on without interruption. An item of one piece writes its result at once;
+  of several, each writes a partial result, which `combine.py` merges.
+* *part*: the pieces that one persistent CTA (or cluster, or column of CTAs) runs, one after the other.
+
+    items    |------0------|--1--|---------------2---------------|3|---4---|
+    pieces   |------0------|--1--|-----2-----|-----3-----|---4---|5|---6---|
+    parts    |----------0--------|-----1-----|-----2-----|--------3--------|
+
+Everything is a closed form over small arrays (no loop, no sort), in jnp, with static shapes: it runs inside jit and does
+not recompile when lengths change. A plan only balances work. The kernels take lengths from the op's own arguments, and
+an item's last piece runs to the item's end whatever the plan thought it was: a plan made for other lengths still gives
+the right answer, at worst slowly.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+
+BLOCK_TOKENS = 64
+TILE_ROWS = 64  # query rows (s_q * heads) of one CTA of the dense kernel
+H100_SMS = 132  # H100 SXM and H200; a plan for fewer SMs than the GPU has is correct, only slower
+
+# What a piece costs beside its blocks (prologue, epilogue), in blocks. FlashMLA's scheduler uses the same figure; the
+# prototype's epilogue and prologue took 4 to 6 block times on an H100.
+PIECE_OVERHEAD_BLOCKS = 5
+# The dense kernel works on pairs of blocks: cuts at even blocks waste no half pair.
+CUT_ALIGN_BLOCKS = 2
+
+# Batch-invariant plans cut every item into pieces of at least this many blocks (4096 tokens dense), and into at most
+# this many pieces, since the partials' buffer has that many places per item.
+INVARIANT_PIECE_BLOCKS = {"dense": 64, "sparse": 8}
+INVARIANT_MAX_PIECES = 8
+
+TO_THE_END = jnp.iinfo(jnp.int32).max
+"""`end_block` of an item's last piece."""
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["parts", "pieces", "splits"],
+    meta_fields=[
+        "op", "batch", "s_q", "num_heads", "page_size", "topk", "extra_topk", "num_parts", "batch_invariant"
+    ],
+)  # fmt: skip
+@dataclasses.dataclass(frozen=True)
+class SplitPlan:
+    """How the work of one decode step is cut up. A pytree: the arrays are leaves, everything else is static.
+
+    Attributes:
+      parts: int32 `[num_parts + 1]`. Part p runs the pieces from `parts[p]` (inclusive) to `parts[p + 1]` (exclusive).
+      pieces: int32 `[max_pieces, 4]`: item, first block (inclusive), last block (exclusive; `TO_THE_END` for the item's
+        last piece), number of pieces of that item. Piece s writes its partial result to place s. Rows that no part
+        names hold nothing of meaning.
+      splits: int32 `[items + 1]`. Item i owns the pieces from `splits[i]` (inclusive) to `splits[i + 1]` (exclusive):
+        always at least one.
+      op: "dense" or "sparse".
+      batch, s_q, num_heads: static shapes of the call the plan is for.
+      page_size: tokens a page (dense; 0 for sparse plans).
+      topk, extra_topk: width of the index arrays (sparse; 0 for dense plans).
+      num_parts: how many parts there are.
+      batch_invariant: whether an item's pieces depend on its own length alone.
+    """
+
+    parts: jax.Array
+    pieces: jax.Array
+    splits: jax.Array
+    op: str
+    batch: int
+    s_q: int
+    num_heads: int
+    page_size: int
+    topk: int
+    extra_topk: int
+    num_parts: int
+    batch_invariant: bool
+
+    @property
+    def max_pieces(self) -> int:
+        """Places for partial results: the most pieces there can be."""
+        return self.pieces.shape[0]
+
+    def check(self, **shapes: int | str) -> None:
+        """Raises ValueError if the plan was made for other static shapes than those named."""
+        wrong = [
+            f"{name} {getattr(self, name)!r} (the call has {value!r})"
+            for name, value in shapes.items()
+            if getattr(self, name) != value
+        ]
+        if wrong:
+            raise ValueError(f"plan does not fit this call: it was made for {', '.join(wrong)}")
+
+
+def plan_decode(
+    cache_seqlens: jax.Array,
+    *,
+    s_q: int,
+    num_heads: int,
+    page_size: int,
+    batch_invariant: bool = False,
+    num_sms: int = H100_SMS,
+) -> SplitPlan:
+    """Plans a dense decode step.
+
+    Args:
+      cache_seqlens: int32 `[b]`, tokens of each request, the s_q new ones included. Any value is legal.
+      s_q: query rows a request.
+      num_heads: query heads (local ones, under tensor parallelism).
+      page_size: tokens a page.
+      batch_invariant: make a request's result independent, bitwise, of its neighbours in the batch.
+      num_sms: multiprocessors to spread the work over.
+
+    Returns:
+      A `SplitPlan` for any number of calls with these shapes; make it once a step, share it between layers.
+    """
+    if cache_seqlens.ndim != 1 or not jnp.issubdtype(cache_seqlens.dtype, jnp.integer):
+        raise ValueError(
+            f"cache_seqlens must be integers of shape [b], got {cache_seqlens.dtype}{list(cache_seqlens.shape)}"
+        )
+    _check_positive(s_q=s_q, num_heads=num_heads, page_size=page_size, num_sms=num_sms)
+    lengths = jnp.maximum(cache_seqlens.astype(jnp.int32), 0)  # [b]
+    num_blocks = _num_blocks(lengths)  # [b]
+    num_parts = dense_parts(s_q, num_heads, num_sms)
+    parts, pieces, splits = split_work(
+        num_blocks, num_parts, invariant_blocks=INVARIANT_PIECE_BLOCKS["dense"] if batch_invariant else None
+    )
+    return SplitPlan(
+        parts, pieces, splits, op="dense", batch=lengths.shape[0], s_q=s_q, num_heads=num_heads, page_size=page_size,
+        topk=0, extra_topk=0, num_parts=num_parts, batch_invariant=batch_invariant,
+    )  # fmt: skip
+
+
+def plan_sparse_decode(
+    topk: int,
+    *,
+    batch: int,
+    s_q: int,
+    num_heads: int,
+    topk_length: jax.Array | None = None,
+    extra_topk: int = 0,
+    extra_topk_length: jax.Array | None = None,
+    batch_invariant: bool = False,
+    num_sms: int = H100_SMS,
+) -> SplitPlan:
+    """Plans a sparse decode step.
+
+    Args:
+      topk: width of `indices`, main scope.
+      batch, s_q, num_heads: static shapes of the call.
+      topk_length: int32 `[b]` or `[b, s_q]`: how many of the leftmost indices count; None for all. Any value is legal.
+      extra_topk, extra_topk_length: the same for the extra scope; 0 and None without one.
+      batch_invariant: make a request's result independent, bitwise, of its neighbours in the batch.
+      num_sms: multiprocessors to spread the work over.
+
+    Returns:
+      A `SplitPlan` for any number of calls with these shapes; make it once a step, share it between layers.
+    """
+    _check_positive(batch=batch, s_q=s_q, num_heads=num_heads, num_sms=num_sms)
+    if topk < 0 or extra_topk < 0:
+        raise ValueError(f"topk and extra_topk must not be negative, got {topk} and {extra_topk}")
+    if extra_topk_length is not None and not extra_topk:
+        raise ValueError("extra_topk_length is given, but extra_topk is 0: name the width of extra_indices")
+    num_blocks = _scope_blocks("topk_length", topk_length, topk, batch, s_q)  # [b * s_q]
+    if extra_topk:
+        num_blocks += _scope_blocks("extra_topk_length", extra_topk_length, extra_topk, batch, s_q)
+    num_parts = sparse_parts(num_heads, num_sms)
+    parts, pieces, splits = split_work(
+        num_blocks, num_parts, invariant_blocks=INVARIANT_PIECE_BLOCKS["sparse"] if batch_invariant else None
+    )
+    return SplitPlan(
+        parts, pieces, splits, op="sparse", batch=batch, s_q=s_q, num_heads=num_heads, page_size=0,
+        topk=topk, extra_topk=extra_topk, num_parts=num_parts, batch_invariant=batch_invariant,
+    )  # fmt: skip
+
+
+def dense_parts(s_q: int, num_heads: int, num_sms: int = H100_SMS) -> int:
+    """A part of the dense kernel is one CTA per tile of `TILE_ROWS` query rows: they share the KV blocks through L2."""
+    return max(1, num_sms // -(-s_q * num_heads // TILE_ROWS))
+
+
+def sparse_parts(num_heads: int, num_sms: int = H100_SMS) -> int:
+    """A part of the sparse kernel is one CTA per 64 heads."""
+    return max(1, num_sms // -(-num_heads // TILE_ROWS))
+
+
+def split_work(
+    num_blocks: jax.Array,
+    num_parts: int,
+    *,
+    overhead: int = PIECE_OVERHEAD_BLOCKS,
+    invariant_blocks: int | None = None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Cuts items into pieces and deals the pieces to parts: the planner's core.
+
+    Args:
+      num_blocks: int32 `[items]`, blocks of each item, not negative.
+      num_parts: how many parts share the work.
+      overhead: cost of a piece beside its blocks, in blocks.
+      invariant_blocks: if given, an item's pieces depend on its own length alone, and hold at least so many blocks.
+
+    Returns:
+      `(parts, pieces, splits)` as in `SplitPlan`.
+    """
+    num_items = num_blocks.shape[0]
+    # Sums over items, and products of a length with num_parts, stay below 2^30 whatever the lengths hold.
+    num_blocks = jnp.minimum(num_blocks, 2**30 // max(num_items, num_parts + 1) - overhead)  # [items]
+    if invariant_blocks is None:
+        return _balanced(num_blocks, num_parts, overhead)
+    return _invariant(num_blocks, num_parts, overhead, invariant_blocks)
+
+
+def _balanced(num_blocks, num_parts, overhead):
+    """Cuts the line of all blocks at equal distances, where a cut may move to avoid making small pieces."""
+    num_items = num_blocks.shape[0]
+    cost = num_blocks + overhead  # [items]
+    end = _cumsum(cost)  # [items]
+    # Behind the last item's blocks nothing is left to share.
+    share = -(-(end[-1] - overhead) // num_parts)  # []
+    share = jnp.maximum(-(-share // CUT_ALIGN_BLOCKS) * CUT_ALIGN_BLOCKS, CUT_ALIGN_BLOCKS)  # []
+    at = jnp.arange(num_parts + 1, dtype=jnp.int32) * share  # [parts + 1]: where each part would begin
+    item = jnp.sum(end[None, :] <= at[:, None], axis=1, dtype=jnp.int32)  # [parts + 1]: the item that lies there
+    inside = jnp.minimum(item, num_items - 1)  # [parts + 1]: the same, safe to index with
+    blocks = num_blocks[inside]  # [parts + 1]
+    offset = jnp.minimum(at - (end - cost)[inside], blocks)  # [parts + 1]: blocks of that item before the cut
+
+    # Two ways to place the cuts; the cheaper one wins. "near": where they fall, but a cut within half an
+    # overhead of an item's end goes there, since another piece would cost more than it evens out. "even": on
+    # the grid that divides each item into equal pieces of about one share, so that equal requests are cut
+    # alike and short ones not at all.
+    margin = overhead // 2 if num_items > 1 else 0  # a lone item has no neighbour to save a piece with
+    near = offset // CUT_ALIGN_BLOCKS * CUT_ALIGN_BLOCKS  # [parts + 1]
+    near = jnp.where(offset <= margin, 0, jnp.where(offset >= blocks - margin, blocks, near))
+    units = -(-blocks // CUT_ALIGN_BLOCKS)  # [parts + 1]
+    num_even = jnp.clip((2 * (blocks + overhead) + share) // (2 * share), 1, jnp.maximum(units, 1))
+    step = (at - (end - cost)[inside]) * num_even / (blocks + overhead).astype(jnp.float32)  # [parts + 1]
+    step = jnp.round(step).astype(jnp.int32)  # [parts + 1]
+    even = jnp.where(step >= num_even, blocks, step * units // num_even * CUT_ALIGN_BLOCKS)  # [parts + 1]
+    all_done = (item >= num_items) | (jnp.arange(num_parts + 1) == num_parts)  # [parts + 1]
+
+    def place(cut):
+        """[parts + 1] -> each cut as (item, block), with block 0 of the next item for an item's end."""
+        moved = (cut >= blocks) & (cut > 0)  # [parts + 1]; an empty item keeps its cut
+        at_end = all_done | (moved & (item == num_items - 1))  # [parts + 1]
+        return jnp.where(at_end, num_items, item + moved), jnp.where(at_end | moved, 0, cut)
+
+    def most_work(cut):
+        """[parts + 1] -> []: cost of the busiest part."""
+        cut_item, cut_block = place(cut)  # [parts + 1] each
+        line = cut_block + jnp.where(cut_item < num_items, (end - cost)[cut_item], end[-1])  # [parts + 1]
+        # The line holds one overhead at each item's end; a piece that ends inside an item adds another.
+        return jnp.max(line[1:] - line[:-1] + jnp.where(cut_block > 0, overhead, 0)[1:])
+
+    cut_item, cut_block = place(jnp.where(most_work(even) <= most_work(near), even, near))
+
+    # A cut inside an item begins a new piece, and so does every item.
+    same = (cut_item[1:] == cut_item[:-1]) & (cut_block[1:] == cut_block[:-1])  # [parts]
+    new = (cut_block > 0) & ~jnp.concatenate([jnp.zeros(1, bool), same])  # [parts + 1]
+    order = jnp.arange(num_parts + 1)
+    parts = cut_item + jnp.sum(new[None, :] & (order[None, :] <= order[:, None]), axis=1, dtype=jnp.int32)
+    items = jnp.arange(num_items + 1, dtype=jnp.int32)
+    splits = items + jnp.sum(new[None, :] & (cut_item[None, :] < items[:, None]), axis=1, dtype=jnp.int32)
+
+    piece = jnp.arange(num_items + num_parts - 1, dtype=jnp.int32)  # [max_pieces]
+
+    def begin_block(piece):  # [max_pieces] -> [max_pieces]: 0 unless a cut began this piece
+        return jnp.sum(jnp.where(new & (parts == piece[:, None]), cut_block, 0), axis=1, dtype=jnp.int32)
+
+    return parts, _piece_rows(piece, splits, begin_block), splits
+
+
+def _invariant(num_blocks, num_parts, overhead, piece_blocks):
+    """Cuts each item by its own length; only the dealing of whole pieces to parts looks at the others."""
+    num_items = num_blocks.shape[0]
+    size = jnp.maximum(-(-num_blocks // INVARIANT_MAX_PIECES), piece_blocks)  # [items]
+    size = -(-size // CUT_ALIGN_BLOCKS) * CUT_ALIGN_BLOCKS  # [items]
+    num_pieces = jnp.maximum(-(-num_blocks // size), 1)  # [items]
+    splits = jnp.concatenate([jnp.zeros(1, jnp.int32), _cumsum(num_pieces)])  # [items + 1]
+    piece = jnp.arange(num_items * INVARIANT_MAX_PIECES, dtype=jnp.int32)  # [max_pieces]
+
+    def item_of(piece):
+        return jnp.sum(splits[None, 1:-1] <= piece[:, None], axis=1, dtype=jnp.int32)  # [max_pieces]
+
+    def begin_block(piece):
+        item = item_of(piece)  # [max_pieces]
+        return (piece - splits[item]) * size[item]  # [max_pieces]
+
+    cost = num_blocks + overhead * num_pieces  # [items]
+    end = _cumsum(cost)  # [items]
+    item = item_of(piece)  # [max_pieces]
+    line = (end - cost)[item] + begin_block(piece) + (piece - splits[item]) * overhead  # [max_pieces]
+    share = -(-end[-1] // num_parts)  # []
+    at = jnp.arange(num_parts + 1, dtype=jnp.int32) * share  # [parts + 1]
+    real = piece < splits[-1]  # [max_pieces]
+    parts = jnp.sum(real[None, :] & (line[None, :] < at[:, None]), axis=1, dtype=jnp.int32)  # [parts + 1]
+    return parts, _piece_rows(piece, splits, begin_block), splits
+
+
+def _piece_rows(piece, splits, begin_block):
+    """int32 `[max_pieces, 4]`, the rows of `SplitPlan.pieces`."""
+    item = jnp.sum(splits[None, 1:-1] <= piece[:, None], axis=1, dtype=jnp.int32)  # [max_pieces]
+    first, behind = splits[item], splits[item + 1]  # [max_pieces] each
+    end_block = jnp.where(piece + 1 < behind, begin_block(piece + 1), TO_THE_END)  # [max_pieces]
+    return jnp.stack([item, begin_block(piece), end_block, behind - first], axis=1)
+
+
+def _num_blocks(lengths):
+    return lengths // BLOCK_TOKENS + (lengths % BLOCK_TOKENS != 0)  # not -(-x // y): garbage may be 2^31 - 1
+
+
+def _cumsum(x):
+    """Inclusive prefix sum. XLA's own takes several kernels; for the sizes of a batch, one masked reduction is faster."""
+    if x.shape[0] > 1024:
+        return jnp.cumsum(x, dtype=jnp.int32)
+    order = jnp.arange(x.shape[0])
+    return jnp.sum(jnp.where(order[None, :] <= order[:, None], x[None, :], 0), axis=1, dtype=jnp.int32)
+
+
+def _scope_blocks(name, length, topk, batch, s_q):
+    """int32 `[batch * s_q]`: blocks of one scope of each item."""
+    if length is None:
+        return jnp.full(batch * s_q, -(-topk // BLOCK_TOKENS), jnp.int32)
+    if length.shape not in ((batch,), (batch, s_q)) or not jnp.issubdtype(length.dtype, jnp.integer):
+        raise ValueError(
+            f"{name} must be integers of shape [{batch}] or [{batch}, {s_q}], got {length.dtype}{list(length.shape)}"
+        )
+    length = jnp.clip(length.astype(jnp.int32).reshape(batch, -1), 0, topk)  # [b, 1 or s_q]
+    return _num_blocks(jnp.broadcast_to(length, (batch, s_q)).reshape(-1))  # [b * s_q]
+
+
+def _check_positive(**values: int) -> None:
+    for name, value in values.items():
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} must be a positive Python int, got {value!r}")
