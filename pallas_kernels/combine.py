@@ -56,7 +56,7 @@ def combine(
     Returns:
       `(out, lse)`. LSE does not include the sink. A row without any key: out 0, lse -inf.
     """
-    items, rows, d_v = out.shape
+    items, rows, _ = out.shape
     if rows_per_cta is None:
         rows_per_cta = ROWS_WHEN_MANY if items * rows >= MANY_ROWS else 1
     out_ref, lse_ref = jax.new_ref(out), jax.new_ref(lse)

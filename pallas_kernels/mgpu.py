@@ -19,6 +19,7 @@ teaches it those, and race-checks what wgmma reads.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -47,14 +48,13 @@ WGMMA_ROW = plgpu.Layout.WGMMA.reduce(1)
 """Layouts of a wgmma accumulator and of one value per row of it."""
 
 
-def tile(shape: tuple[int, ...], dtype=jnp.bfloat16, swizzle_bytes: int = 128) -> plgpu.SMEM:
+def tile(shape: tuple[int, ...], dtype=jnp.bfloat16, swizzle_bytes: int = 128) -> Any:
     """A shared-memory buffer in the layout that wgmma and TMA read and write (8 rows by `swizzle_bytes`)."""
     columns = swizzle_bytes // jnp.dtype(dtype).itemsize
-    return plgpu.SMEM(
-        shape,
-        dtype,
-        transforms=(plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(swizzle_bytes)),
-    )
+    # mypy takes the transforms for abstract: their protocol has a method without a body.
+    tiling = plgpu.TilingTransform((8, columns))  # type: ignore[abstract]
+    swizzle = plgpu.SwizzleTransform(swizzle_bytes)  # type: ignore[abstract]
+    return plgpu.SMEM(shape, dtype, transforms=(tiling, swizzle))
 
 
 def smem_bytes(scratch: Any) -> int:
@@ -62,11 +62,9 @@ def smem_bytes(scratch: Any) -> int:
     total = 0
     for ref in jax.tree.leaves(scratch):
         if isinstance(ref, plgpu.Barrier):
-            total += 8 * ref.num_barriers
+            total += 8 * math.prod(ref.get_ref_aval().shape)
         else:
-            num_bytes = int(jnp.dtype(ref.dtype).itemsize)
-            for extent in ref.shape:
-                num_bytes *= extent
+            num_bytes = math.prod(ref.shape) * jnp.dtype(ref.dtype).itemsize
             total += -(-num_bytes // SMEM_ALIGN_BYTES) * SMEM_ALIGN_BYTES
     return total
 

@@ -13,10 +13,10 @@ Vocabulary, used by the kernels as well:
     pieces   |------0------|--1--|-----2-----|-----3-----|---4---|5|---6---|
     parts    |----------0--------|-----1-----|-----2-----|--------3--------|
 
-Everything is a closed form over small arrays (no loop, no sort), in jnp, with static shapes: it runs inside jit and does
-not recompile when lengths change. A plan only balances work. The kernels take lengths from the op's own arguments, and
-an item's last piece runs to the item's end whatever the plan thought it was: a plan made for other lengths still gives
-the right answer, at worst slowly.
+Everything is a closed form over small arrays (no loop, no sort), in jnp, with static shapes: it runs inside jit and
+does not recompile when lengths change. A plan only balances work. The kernels take lengths from the op's own
+arguments, and an item's last piece runs to the item's end whatever the plan thought it was: a plan made for other
+lengths still gives the right answer, at worst slowly.
 """
 
 from __future__ import annotations
@@ -242,8 +242,8 @@ def _balanced(num_blocks, num_parts, overhead):
     near = jnp.where(offset <= margin, 0, jnp.where(offset >= blocks - margin, blocks, near))
     units = -(-blocks // CUT_ALIGN_BLOCKS)  # [parts + 1]
     num_even = jnp.clip((2 * (blocks + overhead) + share) // (2 * share), 1, jnp.maximum(units, 1))
-    step = (at - (end - cost)[inside]) * num_even / (blocks + overhead).astype(jnp.float32)  # [parts + 1]
-    step = jnp.round(step).astype(jnp.int32)  # [parts + 1]
+    grid = (blocks + overhead).astype(jnp.float32) / num_even.astype(jnp.float32)  # [parts + 1]: distance of its points
+    step = jnp.round((at - (end - cost)[inside]).astype(jnp.float32) / grid).astype(jnp.int32)  # [parts + 1]
     even = jnp.where(step >= num_even, blocks, step * units // num_even * CUT_ALIGN_BLOCKS)  # [parts + 1]
     all_done = (item >= num_items) | (jnp.arange(num_parts + 1) == num_parts)  # [parts + 1]
 
@@ -251,7 +251,7 @@ def _balanced(num_blocks, num_parts, overhead):
         """[parts + 1] -> each cut as (item, block), with block 0 of the next item for an item's end."""
         moved = (cut >= blocks) & (cut > 0)  # [parts + 1]; an empty item keeps its cut
         at_end = all_done | (moved & (item == num_items - 1))  # [parts + 1]
-        return jnp.where(at_end, num_items, item + moved), jnp.where(at_end | moved, 0, cut)
+        return jnp.where(at_end, num_items, item + moved.astype(jnp.int32)), jnp.where(at_end | moved, 0, cut)
 
     def most_work(cut):
         """[parts + 1] -> []: cost of the busiest part."""
@@ -273,7 +273,8 @@ def _balanced(num_blocks, num_parts, overhead):
     piece = jnp.arange(num_items + num_parts - 1, dtype=jnp.int32)  # [max_pieces]
 
     def begin_block(piece):  # [max_pieces] -> [max_pieces]: 0 unless a cut began this piece
-        return jnp.sum(jnp.where(new & (parts == piece[:, None]), cut_block, 0), axis=1, dtype=jnp.int32)
+        here = new[None, :] & (parts[None, :] == piece[:, None])  # [max_pieces, parts + 1]
+        return jnp.sum(jnp.where(here, cut_block[None, :], 0), axis=1, dtype=jnp.int32)
 
     return parts, _piece_rows(piece, splits, begin_block), splits
 
@@ -314,11 +315,11 @@ def _piece_rows(piece, splits, begin_block):
 
 
 def _num_blocks(lengths):
-    return lengths // BLOCK_TOKENS + (lengths % BLOCK_TOKENS != 0)  # not -(-x // y): garbage may be 2^31 - 1
+    return lengths // BLOCK_TOKENS + jnp.minimum(lengths % BLOCK_TOKENS, 1)  # lengths may be as large as 2^31 - 1
 
 
 def _cumsum(x):
-    """Inclusive prefix sum. XLA's own takes several kernels; for the sizes of a batch, one masked reduction is faster."""
+    """Inclusive prefix sum. XLA's own takes several kernels; for a batch's sizes, one masked reduction is faster."""
     if x.shape[0] > 1024:
         return jnp.cumsum(x, dtype=jnp.int32)
     order = jnp.arange(x.shape[0])

@@ -1,5 +1,7 @@
 """combine.py under Pallas' GPU interpreter, against float64."""
 
+import itertools
+
 import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
@@ -12,7 +14,7 @@ from pallas_kernels import combine, mgpu
 def expected(partial_out, partial_lse2, splits, sink):
     """[items, rows, d_v], [items, rows] in float64."""
     outs, lses = [], []
-    for first, behind in zip(splits[:-1], splits[1:], strict=True):
+    for first, behind in itertools.pairwise(splits):
         lse2 = partial_lse2[first:behind].astype(np.float64)  # [pieces, rows]
         weight = np.exp2(lse2 - np.maximum(lse2.max(0), -1e30))  # [pieces, rows]
         total = weight.sum(0)  # [rows]
@@ -43,12 +45,10 @@ def test_merge(rows_per_cta, with_sink):
     sink = np.array([0.5, -np.inf, np.inf], np.float32) if with_sink else None
     out = jnp.full((items, rows, d_v), 7, jnp.bfloat16)
     lse = jnp.full((items, padded_rows), 7, jnp.float32)
-    got_out, got_lse = jax.jit(
-        lambda *a: combine.combine(
-            *a, sink if sink is None else jnp.asarray(sink), rows_per_cta=rows_per_cta,
-            interpret=plgpu.InterpretGPUParams(detect_races=True),
-        )  # fmt: skip
-    )(out, lse, partial_out, partial_lse2, jnp.asarray(splits, jnp.int32))
+    options = {"rows_per_cta": rows_per_cta, "interpret": plgpu.InterpretGPUParams(detect_races=True)}
+    operands = (out, lse, partial_out, partial_lse2, jnp.asarray(splits, jnp.int32))
+    operands += (jnp.asarray(sink),) if with_sink else ()
+    got_out, got_lse = jax.jit(lambda *operands: combine.combine(*operands, **options))(*operands)
     want_out, want_lse = expected(partial_out, partial_lse2, splits, sink)
     np.testing.assert_allclose(np.asarray(got_out[1:], np.float32), want_out[1:, :rows], rtol=1e-2, atol=1e-3)
     np.testing.assert_allclose(got_lse[1:, :rows], want_lse[1:, :rows], rtol=1e-5, atol=1e-5)

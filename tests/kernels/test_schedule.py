@@ -55,7 +55,7 @@ def cases(draw):
 
 
 @hypothesis.given(case=cases(), invariant_blocks=st.sampled_from([None, 8]))
-@hypothesis.settings(max_examples=300, deadline=None)
+@hypothesis.settings(max_examples=150, deadline=None)
 def test_every_block_once_and_balanced(case, invariant_blocks):
     num_blocks, num_parts = case
     arrays = split(jnp.array(num_blocks, jnp.int32), num_parts, invariant_blocks)
@@ -113,7 +113,7 @@ def test_garbage_lengths(invariant):
 
 
 @hypothesis.given(st.lists(st.integers(0, 3000), min_size=6, max_size=6), st.integers(0, 200_000))
-@hypothesis.settings(max_examples=50, deadline=None)
+@hypothesis.settings(max_examples=20, deadline=None)
 def test_batch_invariant_pieces_ignore_neighbours(neighbours, length):
     def pieces_of_last(others):
         lengths = jnp.array([*others, length], jnp.int32)
