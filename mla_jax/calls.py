@@ -1,0 +1,79 @@
+"""What a call of an op consists of: a static description and a pytree of operands.
+
+`decode.py` makes them from the public arguments once these are checked; `dispatch.py`, `vmap.py` and
+`implementations.py` work on nothing else.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+
+from mla_jax.cache import PagedKVCache
+from pallas_kernels.formats import KVFormat
+from pallas_kernels.schedule import SplitPlan
+
+
+@dataclasses.dataclass(frozen=True)
+class DenseCall:
+    """The static side of a dense call: what decides which implementation serves it."""
+
+    b: int
+    s_q: int
+    h: int
+    fmt: KVFormat
+    page_size: int
+    is_causal: bool
+    batch_invariant: bool
+    op = "mla_decode"
+
+
+@dataclasses.dataclass(frozen=True)
+class SparseCall:
+    """The static side of a sparse call; `extra_*` are None and 0 without an extra scope."""
+
+    b: int
+    s_q: int
+    h: int
+    fmt: KVFormat
+    page_size: int
+    topk: int
+    extra_fmt: KVFormat | None
+    extra_page_size: int
+    extra_topk: int
+    batch_invariant: bool
+    op = "sparse_mla_decode"
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DenseOperands:
+    q: Any  # [b, s_q, h, d_qk]
+    cache: PagedKVCache
+    block_table: Any  # int32 [b, max_pages], or None
+    cache_seqlens: Any  # int32 [b]
+    sm_scale: Any  # float32 []
+    plan: SplitPlan | None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Scope:
+    """One cache of a sparse call with what is read from it."""
+
+    cache: PagedKVCache
+    indices: Any  # int32 [b, s_q, topk]
+    length: Any  # int32 [b, s_q], or None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SparseOperands:
+    q: Any  # [b, s_q, h, d_qk]
+    main: Scope
+    extra: Scope | None
+    sm_scale: Any  # float32 []
+    attn_sink: Any  # float32 [h], or None
+    plan: SplitPlan | None

@@ -1,0 +1,194 @@
+"""Which implementation of an op runs where: one table an op, one loop that picks.
+
+An implementation is a name, a `check` and a `run`. `check` looks at the static description of a call and at a target
+(platform, compute capability) and raises NotImplementedError with the reason when the call is legal but this
+implementation cannot serve it there. `implementation=None` is resolved per *lowering* platform, so that exporting for
+CUDA from a machine without a GPU embeds the kernel, and for the compute capability of the device that is compiled for.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import jax
+from jax import lax
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+
+from mla_jax import checks
+
+logger = logging.getLogger("mla_jax")
+
+TESTED_JAX = ((0, 11, 2), (0, 13))  # the kernels' tests ran with versions from the first up to, not including, the last
+ASSUMED_CAPABILITY = (9, 0)  # what Mosaic GPU assumes as well when it lowers for CUDA without a device
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """What is compiled for. `capability` is the CUDA compute capability, None on other platforms."""
+
+    platform: str
+    capability: tuple[int, int] | None = None
+
+    def __str__(self) -> str:
+        return self.platform if self.capability is None else f"{self.platform} {self.capability[0]}.{self.capability[1]}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Implementation:
+    """One way to compute an op. `check(call, target, config)` raises NotImplementedError; `run(call, operands, config)`."""
+
+    name: str
+    check: Callable[[Any, Target, Any], None]
+    run: Callable[[Any, Any, Any], Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """The outcome of picking for one target: the implementation, and why better ones were passed over."""
+
+    target: Target
+    implementation: Implementation | None
+    refusals: tuple[tuple[str, str], ...]
+
+    def refusal_text(self) -> str:
+        return "; ".join(f"{name}: {reason}" for name, reason in self.refusals)
+
+
+def check_tested_jax() -> None:
+    """Raises NotImplementedError for a jax that the kernels were not tested with."""
+    first, last = TESTED_JAX
+    version = jax.__version_info__
+    if not first <= version[: len(first)] or not version[: len(last)] < last:
+        raise NotImplementedError(
+            f"the GPU kernels were tested with jax >= {'.'.join(map(str, first))}, < {'.'.join(map(str, last))}; this is "
+            f"jax {jax.__version__}"
+        )
+
+
+def check_cuda(target: Target) -> None:
+    if target.platform != "cuda":
+        raise NotImplementedError(f"needs an NVIDIA GPU, and this is platform {target.platform!r}")
+
+
+def cuda_target() -> Target:
+    """The CUDA device that is compiled for: jax's default device if it is one, else a local one, else an assumed one."""
+    device = jax.config.jax_default_device
+    if getattr(device, "platform", None) in ("gpu", "cuda") and hasattr(device, "compute_capability"):
+        return Target("cuda", _capability(device))
+    local = _local_cuda_device()
+    return Target("cuda", _capability(local) if local is not None else ASSUMED_CAPABILITY)
+
+
+def _capability(device: Any) -> tuple[int, int]:
+    major, minor = str(device.compute_capability).split(".")
+    return int(major), int(minor)
+
+
+def _local_cuda_device() -> Any:
+    try:
+        return jax.devices("cuda")[0]
+    except RuntimeError:  # no such backend here
+        return None
+
+
+def order(implementation: Any, table: Sequence[Implementation]) -> tuple[Implementation, ...]:
+    """The implementations to try, in order, for the public argument of that name."""
+    if implementation is None:
+        return tuple(table)
+    names = (implementation,) if isinstance(implementation, str) else implementation
+    by_name = {i.name: i for i in table}
+    known = f"accepted: None, {', '.join(map(repr, by_name))}, or a sequence of these names"
+    if isinstance(names, (jax.core.Tracer, jax.Array)) or not isinstance(names, Iterable):
+        checks.static(names, "implementation", (str, Sequence))
+    names = tuple(names)
+    if not names:
+        raise ValueError(f"implementation is an empty sequence; {known}")
+    for name in names:
+        if name not in by_name:
+            raise ValueError(f"implementation is {name!r}; {known}")
+    return tuple(by_name[name] for name in names)
+
+
+def choose(candidates: Sequence[Implementation], call: Any, target: Target, config: Any) -> Choice:
+    """The first candidate that can serve the call on the target."""
+    refusals = []
+    for candidate in candidates:
+        try:
+            candidate.check(call, target, config)
+        except NotImplementedError as reason:
+            refusals.append((candidate.name, str(reason)))
+            continue
+        return Choice(target, candidate, tuple(refusals))
+    return Choice(target, None, tuple(refusals))
+
+
+def choices(implementation: Any, table: Sequence[Implementation], call: Any, config: Any) -> tuple[Choice, Choice]:
+    """What runs on CUDA and what runs elsewhere. Raises NotImplementedError if nothing runs anywhere."""
+    candidates = order(implementation, table)
+    cuda = choose(candidates, call, cuda_target(), config)
+    other = choose(candidates, call, Target("cpu"), config)
+    if cuda.implementation is None and other.implementation is None:
+        raise NotImplementedError(f"{call.op}: no implementation can serve this call. {cuda.refusal_text()}")
+    if implementation is None and cuda.refusals and _local_cuda_device() is not None:
+        _log_once(f"{call.op} on {cuda.target} runs {cuda.implementation.name!r}. {cuda.refusal_text()}")
+    return cuda, other
+
+
+_logged: set[str] = set()
+
+
+def _log_once(message: str) -> None:
+    if message not in _logged:
+        _logged.add(message)
+        logger.warning(message)
+
+
+def run(cuda: Choice, other: Choice, call: Any, operands: Any, config: Any) -> Any:
+    """Computes the op with the implementation that fits the platform it is lowered for."""
+
+    def branch(choice: Choice):
+        return lambda operands: choice.implementation.run(call, operands, config)
+
+    if cuda.implementation is other.implementation:
+        return branch(cuda)(operands)
+    if other.implementation is None:  # a named one: it runs or raises
+        return branch(cuda)(guard(operands, call.op, ("cuda",), other.refusal_text()))
+    if cuda.implementation is None:
+        return branch(other)(guard(operands, call.op, ("cpu", "rocm", "tpu"), cuda.refusal_text()))
+    return lax.platform_dependent(operands, cuda=branch(cuda), default=branch(other))
+
+
+# -- guard: the identity, except that it refuses platforms and derivatives -------------------------------------------
+
+_guard_p = Primitive("mla_jax_guard")
+_guard_p.def_impl(lambda x, **_: x)
+_guard_p.def_abstract_eval(lambda x, **_: x)
+
+
+def guard(tree: Any, op: str, platforms: tuple[str, ...] | None = None, reason: str = "") -> Any:
+    """Returns `tree` unchanged. Lowering it for a platform not in `platforms` raises NotImplementedError with `reason`;
+    differentiating it raises NotImplementedError, since the ops are for inference."""
+    return jax.tree.map(lambda x: _guard_p.bind(x, op=op, platforms=platforms, reason=reason), tree)
+
+
+def _lower_guard(ctx, x, *, op, platforms, reason):
+    lowering_for = ctx.platforms or ctx.module_context.platforms
+    wrong = [p for p in lowering_for if platforms is not None and p not in platforms]
+    if wrong:
+        raise NotImplementedError(f"{op} was asked for an implementation that cannot run on {', '.join(wrong)}. {reason}")
+    return [x]
+
+
+def _refuse_derivative(primals, tangents, *, op, **_):
+    raise NotImplementedError(
+        f"{op} is for inference and has no derivative; mla_jax.reference computes the same in plain differentiable JAX"
+    )
+
+
+mlir.register_lowering(_guard_p, _lower_guard)
+ad.primitive_jvps[_guard_p] = _refuse_derivative
+batching.primitive_batchers[_guard_p] = lambda args, dims, **params: (_guard_p.bind(*args, **params), dims[0])

@@ -1,0 +1,195 @@
+"""The "xla" implementation of both ops: plain JAX, any platform, any format.
+
+Keys are gathered and dequantised a chunk at a time (never the pool) and folded into an online softmax, so memory does
+not grow with context, top-k or batch. Requests are taken in groups whose working set stays under `GROUP_BYTES`; beyond
+that the op holds its output, its index arrays and one more copy of q at most. A group runs as many chunks as its longest
+row needs. On GPUs products are taken in the cache's compute dtype with float32 accumulation, as the kernels do; elsewhere
+in float32, which CPUs compute as fast and which keeps softmax weights exact.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from mla_jax.cache import PagedKVCache, gather_rows
+from mla_jax.lse import sink_factor
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Bool, Float, Float32, Int32
+
+GROUP_BYTES = 48 * 2**20
+CHUNK_TOKENS = 256
+
+# (keys [g, c, d_qk], valid [g, m, c]) of one chunk
+Fetch = Callable[[jax.Array], tuple[jax.Array, jax.Array]]
+
+
+def _product(equation: str, x: Float[Array, "..."], keys: Float[Array, "g c d"]) -> Float32[Array, "..."]:
+    """einsum with float32 accumulation."""
+
+    def exact(x, keys):
+        x, keys = x.astype(jnp.float32), keys.astype(jnp.float32)
+        return jnp.einsum(equation, x, keys, precision=lax.Precision.HIGHEST)
+
+    def mixed(x, keys):
+        return jnp.einsum(equation, x.astype(keys.dtype), keys, preferred_element_type=jnp.float32)
+
+    if keys.dtype == jnp.float32:
+        return exact(x, keys)
+    return lax.platform_dependent(x, keys, cuda=mixed, rocm=mixed, default=exact)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Running:
+    """Online softmax of g items with m rows of h heads each."""
+
+    top: Float32[Array, "g m h"]
+    total: Float32[Array, "g m h"]
+    acc: Float32[Array, "g m h d_v"]
+
+    @classmethod
+    def empty(cls, g: int, m: int, h: int, d_v: int) -> _Running:
+        return cls(
+            jnp.full((g, m, h), -jnp.inf, jnp.float32),
+            jnp.zeros((g, m, h), jnp.float32),
+            jnp.zeros((g, m, h, d_v), jnp.float32),
+        )
+
+    def add(
+        self, q: Float[Array, "g m h d"], keys: Float[Array, "g c d"], valid: Bool[Array, "g m c"], sm_scale: jax.Array
+    ) -> _Running:
+        scores = _product("gmhd,gcd->gmhc", q, keys) * sm_scale
+        scores = jnp.where(valid[:, :, None, :], scores, -jnp.inf)  # [g, m, h, c]
+        top = jnp.maximum(self.top, jnp.max(scores, axis=-1))
+        base = jnp.where(top == -jnp.inf, 0, top)
+        weights = jnp.exp(scores - base[..., None])
+        decay = jnp.exp(self.top - base)
+        values = keys[..., : self.acc.shape[-1]]
+        update = _product("gmhc,gcd->gmhd", weights, values)
+        total = self.total * decay + jnp.sum(weights, axis=-1)
+        return _Running(top, total, self.acc * decay[..., None] + update)
+
+    def finish(self) -> tuple[jax.Array, jax.Array]:
+        some = jnp.where(self.total == 0, 1, self.total)
+        lse = jnp.where(self.total == 0, -jnp.inf, self.top + jnp.log(some))
+        return self.acc / some[..., None], lse
+
+
+def _accumulate(state: _Running, q, sm_scale, length: Int32[Array, "g"], chunk: int, fetch: Fetch) -> _Running:
+    """Adds chunks 0, 1, ... of `chunk` keys until the longest of the group's items is done."""
+    num_chunks = lax.div(jnp.max(length, initial=0) + (chunk - 1), jnp.int32(chunk))
+
+    def step(i, state):
+        keys, valid = fetch(i)
+        return state.add(q, keys, valid, sm_scale)
+
+    return lax.fori_loop(0, num_chunks, step, state)
+
+
+def _in_groups(fn, arrays, rows: int, d: int, itemsize: int):
+    """Maps `fn` over groups of items (axis 0 of every array) that fit `GROUP_BYTES`; items are padded with zeros."""
+    n = jax.tree.leaves(arrays)[0].shape[0]
+    # Scores and weights in float32, keys as stored and widened, q and the accumulator in float32.
+    per_item = rows * (2 * CHUNK_TOKENS + 3 * d) * 4 + CHUNK_TOKENS * d * (itemsize + 4)
+    groups = -(-n // max(1, GROUP_BYTES // per_item))
+    if groups == 1:
+        return fn(arrays)
+    size = -(-n // groups)
+    groups = -(-n // size)
+
+    def split(x):
+        pad = [(0, groups * size - n)] + [(0, 0)] * (x.ndim - 1)
+        return jnp.pad(x, pad).reshape(groups, size, *x.shape[1:])
+
+    out = lax.map(fn, jax.tree.map(split, arrays))
+    return jax.tree.map(lambda x: x.reshape(groups * size, *x.shape[2:])[:n], out)
+
+
+def dense(
+    q: Float[Array, "b s_q h d_qk"],
+    cache: PagedKVCache,
+    block_table: Int32[Array, "b max_pages"] | None,
+    cache_seqlens: Int32[Array, "b"],
+    sm_scale: Float32[Array, ""],
+    *,
+    is_causal: bool,
+) -> tuple[jax.Array, jax.Array]:
+    """Dense decode: (out [b, s_q, h, d_v] in q's dtype, lse float32 [b, s_q, h])."""
+    b, s_q, h, d = q.shape
+    page_size = cache.page_size
+    if block_table is None:
+        block_table = jnp.arange(b, dtype=jnp.int32)[:, None]  # [b, 1]
+    capacity = min(block_table.shape[1] * page_size, 2**31 - 1)
+    seqlens = jnp.clip(cache_seqlens, 0, capacity)
+    row = jnp.arange(s_q, dtype=jnp.int32)
+    reach = (s_q - 1 - row) if is_causal else jnp.zeros_like(row)  # [s_q]: how many keys short of the end row j stops
+
+    def group(args):
+        q, table, length = args  # [g, s_q, h, d], [g, max_pages], [g]
+
+        def fetch(i):
+            position = i * CHUNK_TOKENS + jnp.arange(CHUNK_TOKENS, dtype=jnp.int32)  # [c]
+            column = lax.div(position, jnp.int32(page_size))
+            page = table.at[:, column].get(mode="fill", fill_value=-1)  # [g, c]
+            known = (page >= 0) & (page < cache.num_pages) & (position[None] < length[:, None])
+            offset = position - column * page_size
+            slot = jnp.where(known, jnp.where(known, page, 0) * page_size + offset[None], -1)
+            end = length[:, None] - reach[None]  # [g, s_q]
+            valid = known[:, None, :] & (position[None, None] < end[..., None])
+            return gather_rows(cache, slot), valid
+
+        state = _Running.empty(q.shape[0], s_q, h, cache.format.d_v)
+        out, lse = _accumulate(state, q, sm_scale, length, CHUNK_TOKENS, fetch).finish()
+        return out.astype(q.dtype), lse
+
+    return _in_groups(group, (q, block_table, seqlens), s_q * h, d, cache.format.compute_dtype.itemsize)
+
+
+def sparse(
+    q: Float[Array, "b s_q h d_qk"],
+    scopes: tuple[tuple[PagedKVCache, Int32[Array, "b s_q topk"], Int32[Array, "b s_q"]], ...],
+    sm_scale: Float32[Array, ""],
+    attn_sink: Float32[Array, "h"] | None,
+) -> tuple[jax.Array, jax.Array]:
+    """Sparse decode over one or two scopes (cache, indices, lengths): out and lse as `dense`, the sink in `out` alone."""
+    b, s_q, h, d = q.shape
+    items = b * s_q
+    caches = [cache for cache, _, _ in scopes]
+
+    def flatten(indices, length):
+        topk = indices.shape[-1]
+        pad = -topk % min(CHUNK_TOKENS, max(topk, 1))
+        indices = jnp.pad(indices.reshape(items, topk), [(0, 0), (0, pad)], constant_values=-1)
+        return indices, jnp.clip(length.reshape(items), 0, topk)
+
+    def group(args):
+        q, lists = args  # [g, 1, h, d], per scope ([g, padded topk], [g])
+        state = _Running.empty(q.shape[0], 1, h, caches[0].format.d_v)
+        for cache, (indices, length) in zip(caches, lists, strict=True):
+            chunk = min(CHUNK_TOKENS, indices.shape[1])
+            if chunk == 0:
+                continue
+
+            def fetch(i, cache=cache, indices=indices, length=length, chunk=chunk):
+                slot = lax.dynamic_slice_in_dim(indices, i * chunk, chunk, axis=1)  # [g, c]
+                entry = i * chunk + jnp.arange(chunk, dtype=jnp.int32)
+                valid = (slot >= 0) & (slot < min(cache.num_slots, 2**31 - 1)) & (entry[None] < length[:, None])
+                return gather_rows(cache, jnp.where(valid, slot, -1)), valid[:, None]
+
+            state = _accumulate(state, q, sm_scale, length, chunk, fetch)
+        out, lse = state.finish()
+        if attn_sink is not None:
+            out = out * sink_factor(lse, attn_sink)[..., None]
+        return out.astype(q.dtype), lse
+
+    lists = tuple(flatten(indices, length) for _, indices, length in scopes)
+    itemsize = caches[0].format.compute_dtype.itemsize
+    out, lse = _in_groups(group, (q.reshape(items, 1, h, d), lists), h, d, itemsize)
+    return out.reshape(b, s_q, h, -1), lse.reshape(b, s_q, h)
