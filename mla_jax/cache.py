@@ -147,7 +147,7 @@ def _pack(kv, fmt: KVFormat, scale_rule: ScaleRule) -> jax.Array:
     if len(fmt.page_shape(page_size)) == 2:
         return records[0]
     tail = fmt.page_bytes(page_size) - fmt.bytes_per_token * page_size
-    areas = [r.reshape(num_pages, -1) for r in records]
+    areas = [r.reshape(num_pages, page_size * r.shape[-1]) for r in records]
     return jnp.concatenate([*areas, jnp.zeros((num_pages, tail), jnp.uint8)], axis=-1)
 
 
@@ -214,6 +214,9 @@ def append_kv(
 
 def gather_records(cache: PagedKVCache, slots: Int[Array, "*n"]) -> tuple[jax.Array, ...]:
     """The records of some slots, one array [*n, record width] per area; zeros where a slot names no place."""
+    if cache.num_slots == 0:
+        widths = (cache.format.d_qk,) if not cache.format.is_quantized else cache.format.record_bytes
+        return tuple(jnp.zeros((*slots.shape, width), cache.data.dtype) for width in widths)
     page, offset = _locate(slots, cache)
     out = []
     for record in range(len(cache.format.records)):

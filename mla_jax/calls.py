@@ -57,6 +57,11 @@ class DenseOperands:
     sm_scale: Any  # float32 []
     plan: SplitPlan | None
 
+    @property
+    def names_no_keys(self) -> bool:
+        """By its shapes alone the call can have no keys; no kernel needs to see it."""
+        return self.cache.num_slots == 0 or (self.block_table is not None and self.block_table.shape[1] == 0)
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +71,10 @@ class Scope:
     cache: PagedKVCache
     indices: Any  # int32 [b, s_q, topk]
     length: Any  # int32 [b, s_q], or None
+
+    @property
+    def names_no_keys(self) -> bool:
+        return self.cache.num_slots == 0 or self.indices.shape[-1] == 0
 
 
 @jax.tree_util.register_dataclass
@@ -77,3 +86,8 @@ class SparseOperands:
     sm_scale: Any  # float32 []
     attn_sink: Any  # float32 [h], or None
     plan: SplitPlan | None
+
+    @property
+    def names_no_keys(self) -> bool:
+        """As for dense operands."""
+        return self.main.names_no_keys and (self.extra is None or self.extra.names_no_keys)

@@ -25,7 +25,8 @@ def sink_factor(lse: Float[Array, "*n h"], attn_sink: Float[Array, "h"]) -> jax.
     without keys stays 0.
     """
     empty = lse == -jnp.inf  # [*n, h]
-    gap = attn_sink.astype(lse.dtype) - jnp.where(empty, jnp.zeros_like(lse), lse)
+    sink = jnp.broadcast_to(attn_sink.astype(lse.dtype), lse.shape)
+    gap = sink - jnp.where(empty, jnp.zeros_like(lse), lse)
     return jnp.where(empty, jnp.zeros_like(lse), 1 / (1 + jnp.exp(gap)))
 
 
@@ -37,10 +38,10 @@ def merge(
     lses_ = lses.astype(dtype)
     top = jnp.max(lses_, axis=0)  # [*n, h]
     finite_top = jnp.where(top == -jnp.inf, jnp.zeros_like(top), top)
-    weights = jnp.exp(lses_ - finite_top)  # [parts, *n, h]
+    weights = jnp.exp(lses_ - finite_top[None])  # [parts, *n, h]
     total = jnp.sum(weights, axis=0)
     lse = jnp.where(total == 0, -jnp.inf, finite_top + jnp.log(jnp.where(total == 0, 1, total)))
-    share = (weights / jnp.where(total == 0, 1, total))[..., None]  # [parts, *n, h, 1]
+    share = (weights / jnp.where(total == 0, 1, total)[None])[..., None]  # [parts, *n, h, 1]
     # A partial without keys counts for nothing, whatever its `out` holds.
     out = jnp.sum(jnp.where(share == 0, jnp.zeros_like(share), outs.astype(dtype) * share), axis=0)
     if attn_sink is not None:

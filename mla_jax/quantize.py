@@ -85,8 +85,9 @@ def _quantize(nope: Float[Array, "*n d"], fmt: KVFormat, scale_rule: ScaleRule) 
         if scale.dtype == E8M0:
             scales = lax.bitcast_convert_type(scales, scale.dtype)
     else:
-        # The barrier keeps XLA from replacing the division by a multiplication, which rounds differently.
-        divisor = lax.optimization_barrier(jnp.float32(largest))
+        # amax >= 0, so this is `largest`; but XLA cannot know, and so cannot turn the division by a constant into a
+        # multiplication, which rounds differently (it does so even across an optimization barrier).
+        divisor = jnp.maximum(-amax, largest)
         scales = jnp.maximum(amax / divisor, jnp.finfo(jnp.float32).tiny)  # [*n, tiles]
         y = x / scales[..., None]
     # The cast does not saturate: past the largest value it would give NaN. A NaN stays one.
@@ -97,13 +98,13 @@ def _quantize(nope: Float[Array, "*n d"], fmt: KVFormat, scale_rule: ScaleRule) 
 def _to_bytes(x: Shaped[Array, "*n k"]) -> jax.Array:
     """Little-endian bytes of the last axis: uint8 [*n, k * itemsize]."""
     b = lax.bitcast_convert_type(x, jnp.uint8)  # [*n, k] or [*n, k, itemsize]
-    return b.reshape(*x.shape[:-1], -1)
+    return b.reshape(*x.shape[:-1], x.shape[-1] * x.dtype.itemsize)
 
 
 def _from_bytes(b: Shaped[Array, "*n bytes"], dtype: np.dtype) -> jax.Array:
     """The inverse of `_to_bytes`."""
     if dtype.itemsize > 1:
-        b = b.reshape(*b.shape[:-1], -1, dtype.itemsize)
+        b = b.reshape(*b.shape[:-1], b.shape[-1] // dtype.itemsize, dtype.itemsize)
     return lax.bitcast_convert_type(b, dtype)
 
 

@@ -70,12 +70,13 @@ def mla_decode(
     position = jnp.arange(n, dtype=jnp.int32)  # [n]
     page = jnp.repeat(block_table, page_size, axis=1)  # [b, n]
     known = (page >= 0) & (page < cache.num_pages)
-    slot = jnp.where(known, jnp.where(known, page, 0) * page_size + position % page_size, -1)  # [b, n]
+    slot = jnp.where(known, jnp.where(known, page, 0) * page_size + position[None] % page_size, -1)  # [b, n]
 
     seqlen = jnp.clip(cache_seqlens, 0, n)  # [b]
     row = jnp.arange(s_q, dtype=jnp.int32)  # [s_q]
-    end = seqlen[:, None] - (s_q - 1 - row if is_causal else jnp.zeros_like(row))  # [b, s_q]: keys below `end` count
-    valid = known[:, None, :] & (position < end[..., None])  # [b, s_q, n]
+    short = s_q - 1 - row if is_causal else jnp.zeros_like(row)
+    end = seqlen[:, None] - short[None]  # [b, s_q]: keys below `end` count
+    valid = known[:, None, :] & (position[None, None] < end[..., None])  # [b, s_q, n]
 
     keys = gather_rows(cache, slot)[:, None]  # [b, 1, n, d_qk]
     keys = jnp.broadcast_to(keys, (b, s_q, *keys.shape[2:]))  # [b, s_q, n, d_qk]
@@ -89,7 +90,7 @@ def _scope(
     n = indices.shape[-1]
     valid = (indices >= 0) & (indices < cache.num_slots)  # [b, s_q, n]
     if topk_length is not None:
-        valid &= jnp.arange(n, dtype=jnp.int32) < topk_length[..., None]
+        valid &= jnp.arange(n, dtype=jnp.int32)[None, None] < topk_length[..., None]
     return gather_rows(cache, jnp.where(valid, indices, -1)), valid
 
 

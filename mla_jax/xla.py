@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -55,12 +55,14 @@ class _Running:
     acc: Float32[Array, "g m h d_v"]
 
     @classmethod
-    def empty(cls, g: int, m: int, h: int, d_v: int) -> _Running:
-        return cls(
+    def empty(cls, g: int, m: int, h: int, d_v: int, axes: tuple[str, ...]) -> _Running:
+        """No keys yet. `axes`: the mesh axes of a surrounding shard_map over which the result will vary."""
+        empty = cls(
             jnp.full((g, m, h), -jnp.inf, jnp.float32),
             jnp.zeros((g, m, h), jnp.float32),
             jnp.zeros((g, m, h, d_v), jnp.float32),
         )
+        return jax.tree.map(lambda x: lax.pcast(x, axes, to="varying"), empty)
 
     def add(
         self, q: Float[Array, "g m h d"], keys: Float[Array, "g c d"], valid: Bool[Array, "g m c"], sm_scale: jax.Array
@@ -80,6 +82,14 @@ class _Running:
         some = jnp.where(self.total == 0, 1, self.total)
         lse = jnp.where(self.total == 0, -jnp.inf, self.top + jnp.log(some))
         return self.acc / some[..., None], lse
+
+
+def _varying_axes(*trees: Any) -> tuple[str, ...]:
+    """Mesh axes of a surrounding shard_map over which any of the operands differ between shards."""
+    axes: set[str] = set()
+    for x in jax.tree.leaves(trees):
+        axes |= getattr(getattr(jax.typeof(x), "manual_axis_type", None), "varying", frozenset())
+    return tuple(sorted(axes))
 
 
 def _accumulate(state: _Running, q, sm_scale, length: Int32[Array, "g"], chunk: int, fetch: Fetch) -> _Running:
@@ -123,6 +133,7 @@ def dense(
 ) -> tuple[jax.Array, jax.Array]:
     """Dense decode: (out [b, s_q, h, d_v] in q's dtype, lse float32 [b, s_q, h])."""
     b, s_q, h, d = q.shape
+    axes = _varying_axes(q, cache, block_table, cache_seqlens, sm_scale)
     page_size = cache.page_size
     if block_table is None:
         block_table = jnp.arange(b, dtype=jnp.int32)[:, None]  # [b, 1]
@@ -145,7 +156,7 @@ def dense(
             valid = known[:, None, :] & (position[None, None] < end[..., None])
             return gather_rows(cache, slot), valid
 
-        state = _Running.empty(q.shape[0], s_q, h, cache.format.d_v)
+        state = _Running.empty(q.shape[0], s_q, h, cache.format.d_v, axes)
         out, lse = _accumulate(state, q, sm_scale, length, CHUNK_TOKENS, fetch).finish()
         return out.astype(q.dtype), lse
 
@@ -160,6 +171,7 @@ def sparse(
 ) -> tuple[jax.Array, jax.Array]:
     """Sparse decode over one or two scopes (cache, indices, lengths): out and lse as `dense`, the sink in `out` alone."""
     b, s_q, h, d = q.shape
+    axes = _varying_axes(q, scopes, sm_scale)
     items = b * s_q
     caches = [cache for cache, _, _ in scopes]
 
@@ -171,7 +183,7 @@ def sparse(
 
     def group(args):
         q, lists = args  # [g, 1, h, d], per scope ([g, padded topk], [g])
-        state = _Running.empty(q.shape[0], 1, h, caches[0].format.d_v)
+        state = _Running.empty(q.shape[0], 1, h, caches[0].format.d_v, axes)
         for cache, (indices, length) in zip(caches, lists, strict=True):
             chunk = min(CHUNK_TOKENS, indices.shape[1])
             if chunk == 0:
