@@ -69,7 +69,7 @@ def array(x: Any, name: str, shape: Shape, dtype: Any, context: str = "") -> Non
 
 
 def int32(x: Any, name: str, shape: Shape | None) -> jax.Array:
-    """`x` as int32. Integers of any width are accepted; a value that int32 cannot hold becomes -1, which names nothing."""
+    """`x` as int32. Integers of any width are accepted; what int32 cannot hold becomes -1, which names nothing."""
     accepted = "accepted: int32" + (_show_shape(shape) if shape is not None else " of any shape")
     if not hasattr(x, "shape") or not hasattr(x, "dtype") or not jnp.issubdtype(x.dtype, jnp.integer):
         raise ValueError(f"{name} is {describe(x)}; {accepted}")

@@ -26,7 +26,7 @@ from pallas_kernels.schedule import SplitPlan
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SchedMeta:
-    """Stands where FlashMLA's scheduler metadata does. Holds nothing: the plan is made inside the op, from the lengths."""
+    """Stands where FlashMLA's scheduler metadata does. Empty: the op makes its plan from the lengths."""
 
 
 def get_mla_metadata(*args: Any, **kwargs: Any) -> tuple[SchedMeta, None]:
@@ -64,8 +64,8 @@ def _cache(k_cache: Any, name: str, is_fp8: bool | None) -> PagedKVCache:
         raise ValueError(f"{name} is {checks.describe(k_cache)}; {accepted}")
     if is_fp8 is not None and is_fp8 != cache.format.is_quantized:
         raise ValueError(
-            f"is_fp8_kvcache is {is_fp8}, but {name} is {checks.describe(k_cache)}, format {cache.format.name}; accepted: "
-            f"{cache.format.is_quantized}, or None to tell by the cache"
+            f"is_fp8_kvcache is {is_fp8}, but {name} is {checks.describe(k_cache)}, format {cache.format.name}; "
+            f"accepted: {cache.format.is_quantized}, or None to tell by the cache"
         )
     return cache
 

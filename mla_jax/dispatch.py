@@ -9,6 +9,7 @@ CUDA from a machine without a GPU embeds the kernel, and for the compute capabil
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -34,12 +35,14 @@ class Target:
     capability: tuple[int, int] | None = None
 
     def __str__(self) -> str:
-        return self.platform if self.capability is None else f"{self.platform} {self.capability[0]}.{self.capability[1]}"
+        return (
+            self.platform if self.capability is None else f"{self.platform} {self.capability[0]}.{self.capability[1]}"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
 class Implementation:
-    """One way to compute an op. `check(call, target, config)` raises NotImplementedError; `run(call, operands, config)`."""
+    """One way to compute an op: `check(call, target, config)`, which may refuse, and `run(call, config, operands)`."""
 
     name: str
     check: Callable[[Any, Target, Any], None]
@@ -64,8 +67,8 @@ def check_tested_jax() -> None:
     version = jax.__version_info__
     if not first <= version[: len(first)] or not version[: len(last)] < last:
         raise NotImplementedError(
-            f"the GPU kernels were tested with jax >= {'.'.join(map(str, first))}, < {'.'.join(map(str, last))}; this is "
-            f"jax {jax.__version__}"
+            f"the GPU kernels were tested with jax >= {'.'.join(map(str, first))}, < {'.'.join(map(str, last))}; "
+            f"this is jax {jax.__version__}"
         )
 
 
@@ -75,7 +78,7 @@ def check_cuda(target: Target) -> None:
 
 
 def cuda_target() -> Target:
-    """The CUDA device that is compiled for: jax's default device if it is one, else a local one, else an assumed one."""
+    """The CUDA device that is compiled for: jax's default device if it is one, else a local one, else assumed."""
     device = jax.config.jax_default_device
     if getattr(device, "platform", None) in ("gpu", "cuda") and hasattr(device, "compute_capability"):
         return Target("cuda", _capability(device))
@@ -133,7 +136,7 @@ def choices(implementation: Any, table: Sequence[Implementation], call: Any, con
     other = choose(candidates, call, Target("cpu"), config)
     if cuda.implementation is None and other.implementation is None:
         raise NotImplementedError(f"{call.op}: no implementation can serve this call. {cuda.refusal_text()}")
-    if implementation is None and cuda.refusals and _local_cuda_device() is not None:
+    if implementation is None and cuda.implementation and cuda.refusals and _local_cuda_device() is not None:
         _log_once(f"{call.op} on {cuda.target} runs {cuda.implementation.name!r}. {cuda.refusal_text()}")
     return cuda, other
 
@@ -151,7 +154,8 @@ def run(cuda: Choice, other: Choice, call: Any, operands: Any, config: Any) -> A
     """Computes the op with the implementation that fits the platform it is lowered for."""
 
     def branch(choice: Choice):
-        return lambda operands: choice.implementation.run(call, operands, config)
+        assert choice.implementation is not None
+        return functools.partial(choice.implementation.run, call, config)
 
     if cuda.implementation is other.implementation:
         return branch(cuda)(operands)
@@ -179,7 +183,9 @@ def _lower_guard(ctx, x, *, op, platforms, reason):
     lowering_for = ctx.platforms or ctx.module_context.platforms
     wrong = [p for p in lowering_for if platforms is not None and p not in platforms]
     if wrong:
-        raise NotImplementedError(f"{op} was asked for an implementation that cannot run on {', '.join(wrong)}. {reason}")
+        raise NotImplementedError(
+            f"{op} was asked for an implementation that cannot run on {', '.join(wrong)}. {reason}"
+        )
     return [x]
 
 

@@ -15,7 +15,7 @@ def _not_in_this_version(kind: str):
     def check(call: Any, target: Target, config: Any) -> None:
         raise NotImplementedError(f"this version has no {kind} kernel for {call.op}")
 
-    def run(call: Any, operands: Any, config: Any) -> Any:
+    def run(call: Any, config: Any, operands: Any) -> Any:
         check(call, Target("cuda"), config)
 
     return check, run
@@ -26,11 +26,11 @@ def _check_xla(call: DenseCall | SparseCall, target: Target, config: Any) -> Non
         raise ValueError(f"config is {config!r}; implementation 'xla' has nothing to configure, accepted: None")
 
 
-def _dense_xla(call: DenseCall, x: DenseOperands, config: Any):
+def _dense_xla(call: DenseCall, config: Any, x: DenseOperands):
     return xla.dense(x.q, x.cache, x.block_table, x.cache_seqlens, x.sm_scale, is_causal=call.is_causal)
 
 
-def _sparse_xla(call: SparseCall, x: SparseOperands, config: Any):
+def _sparse_xla(call: SparseCall, config: Any, x: SparseOperands):
     def scope(s: Scope):
         length = s.length
         if length is None:

@@ -108,10 +108,8 @@ def _from_bytes(b: Shaped[Array, "*n bytes"], dtype: np.dtype) -> jax.Array:
     return lax.bitcast_convert_type(b, dtype)
 
 
-def encode_rows(
-    kv: Float[Array, "*n d_qk"], fmt: KVFormat, scale_rule: ScaleRule = "pow2"
-) -> tuple[jax.Array, ...]:
-    """Rows in `fmt.compute_dtype` -> one array per record of the format: [*n, record_bytes] uint8, or the row itself."""
+def encode_rows(kv: Float[Array, "*n d_qk"], fmt: KVFormat, scale_rule: ScaleRule = "pow2") -> tuple[jax.Array, ...]:
+    """Rows in `fmt.compute_dtype` -> one array per record: [*n, record_bytes] uint8, or the row itself."""
     if not fmt.is_quantized:
         return (kv,)
     nope, rope = kv[..., : fmt.d_nope], kv[..., fmt.d_nope :]

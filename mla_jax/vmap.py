@@ -1,8 +1,8 @@
 """vmap of the ops: a mapped axis is folded into the batch.
 
-Folding n calls of b requests gives one call of n * b requests. Caches that are mapped too become one pool of n times the
-pages, with page ids and slots offset to match. The kernels thus need no batching rule of their own, and the plan is made
-anew for the folded lengths.
+Folding n calls of b requests gives one call of n * b requests. Caches that are mapped too become one pool of n times
+the pages, with page ids and slots offset to match. The kernels thus need no batching rule of their own, and the plan is
+made anew for the folded lengths.
 """
 
 from __future__ import annotations
@@ -31,14 +31,12 @@ def batchable(cuda: dispatch.Choice, other: dispatch.Choice, call: Any, config: 
         return dispatch.run(cuda, other, call, operands, config)
 
     @op.def_vmap
-    def rule(axis_size, in_batched, operands):
+    def rule(axis_size: int, in_batched: Any, operands: Any):
         (batched,) = in_batched
         if not _can_fold(operands, batched, axis_size):
             return _one_by_one(op, operands, batched), (True, True)
-        if isinstance(call, DenseCall):
-            folded_call, folded = _fold_dense(call, operands, batched, axis_size)
-        else:
-            folded_call, folded = _fold_sparse(call, operands, batched, axis_size)
+        fold = _fold_dense if isinstance(call, DenseCall) else _fold_sparse
+        folded_call, folded = fold(call, operands, batched, axis_size)
         out, lse = batchable(cuda, other, folded_call, config)(folded)
         out, lse = (x.reshape(axis_size, call.b, *x.shape[1:]) for x in (out, lse))
         return (out, lse), (True, True)

@@ -2,9 +2,9 @@
 
 Keys are gathered and dequantised a chunk at a time (never the pool) and folded into an online softmax, so memory does
 not grow with context, top-k or batch. Requests are taken in groups whose working set stays under `GROUP_BYTES`; beyond
-that the op holds its output, its index arrays and one more copy of q at most. A group runs as many chunks as its longest
-row needs. On GPUs products are taken in the cache's compute dtype with float32 accumulation, as the kernels do; elsewhere
-in float32, which CPUs compute as fast and which keeps softmax weights exact.
+that the op holds its output, its index arrays and one more copy of q at most. A group runs as many chunks as its
+longest row needs. On GPUs products are taken in the cache's compute dtype with float32 accumulation, as the kernels do;
+elsewhere in float32, which CPUs compute as fast and which keeps softmax weights exact.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ CHUNK_TOKENS = 256
 Fetch = Callable[[jax.Array], tuple[jax.Array, jax.Array]]
 
 
-def _product(equation: str, x: Float[Array, "..."], keys: Float[Array, "g c d"]) -> Float32[Array, "..."]:
+def _product(equation: str, x: Float[Array, ...], keys: Float[Array, "g c d"]) -> Float32[Array, ...]:
     """einsum with float32 accumulation."""
 
     def exact(x, keys):
@@ -169,7 +169,7 @@ def sparse(
     sm_scale: Float32[Array, ""],
     attn_sink: Float32[Array, "h"] | None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Sparse decode over one or two scopes (cache, indices, lengths): out and lse as `dense`, the sink in `out` alone."""
+    """Sparse decode over one or two scopes (cache, indices, lengths): out and lse as `dense`, the sink in `out` only."""
     b, s_q, h, d = q.shape
     axes = _varying_axes(q, scopes, sm_scale)
     items = b * s_q

@@ -95,7 +95,7 @@ def test_zero_and_huge_tiles(scale_rule):
 def test_amax_rule_uses_the_whole_range(rng):
     fmt = mla_jax.V32
     kv = samples.rows(rng, 1, 3, fmt=fmt)
-    record, offset, scale = fmt.locate("scale")
+    _, offset, scale = fmt.locate("scale")
     data = np.asarray(mla_jax.pack_kv(kv, fmt, scale_rule="amax").data)
     got = data[..., offset : offset + scale.num_bytes].copy().view(np.float32)
     amax = np.abs(np.asarray(kv, np.float32)[..., : fmt.d_nope]).reshape(1, 3, 4, 128).max(-1)

@@ -15,7 +15,6 @@ from mla_jax import reference
 from tests import samples
 
 
-
 def dense(*args, **kwargs):
     return mla_jax.mla_decode(*args, **kwargs, return_lse=True)
 
@@ -141,7 +140,9 @@ def test_wide_and_narrow_integers(rng):
     unsigned = jnp.asarray(np.array(call["indices"]).astype(np.int64) % 2**32, jnp.uint32)
     chex.assert_trees_all_equal(want, sparse(**(call | {"indices": unsigned})))
     with jax.enable_x64(True):
-        wide = jnp.asarray(np.where(np.array(call["indices"]) < 0, np.int64(2**40 + 3), np.array(call["indices"])), jnp.int64)
+        wide = jnp.asarray(
+            np.where(np.array(call["indices"]) < 0, np.int64(2**40 + 3), np.array(call["indices"])), jnp.int64
+        )
         chex.assert_trees_all_equal(want, sparse(**(call | {"indices": wide})))
     small = np.clip(np.array(call["indices"]), -1, 100)
     narrow = call | {"indices": jnp.asarray(small, jnp.int8)}
@@ -236,11 +237,16 @@ def test_vmap_over_caches(rng, fmt):
     for i, call in enumerate(calls):
         want = reference.mla_decode(**call, sm_scale=0.07)
         samples.assert_equal_results((got[0][i], got[1][i]), want, fmt)
-    contiguous = jax.vmap(lambda c: dense(c["q"], c["cache"].replace(c["cache"].data[:3]), None, c["cache_seqlens"] // 4,
-                                          sm_scale=0.1))(stacked)  # fmt: skip
-    clean = jax.vmap(lambda c: reference.mla_decode(c["q"], c["cache"].replace(c["cache"].data[:3]), None,
-                                                    c["cache_seqlens"] // 4, sm_scale=0.1))(stacked)  # fmt: skip
-    np.testing.assert_allclose(contiguous[1], clean[1], rtol=1e-5, atol=1e-5)
+
+    def without_a_table(decode):
+        def f(c):
+            cache = c["cache"].replace(c["cache"].data[:3])
+            return decode(c["q"], cache, None, c["cache_seqlens"] // 4, sm_scale=0.1)
+
+        return jax.vmap(f)(stacked)
+
+    got, want = without_a_table(dense), without_a_table(reference.mla_decode)
+    np.testing.assert_allclose(got[1], want[1], rtol=1e-5, atol=1e-5)
 
     calls = [samples.sparse_call(rng, fmt, fmt) for _ in range(3)]
     for c in calls:
@@ -254,8 +260,9 @@ def test_vmap_over_caches(rng, fmt):
 
 def test_vmap_over_scales_and_sinks(rng):
     calls = [samples.sparse_call(rng, mla_jax.MODEL1, mla_jax.MODEL1) for _ in range(2)]
-    stacked = jax.tree.map(lambda *x: jnp.stack([jnp.asarray(v, jnp.float32) if isinstance(v, float) else v for v in x]),
-                           *calls)  # fmt: skip
+    for i, call in enumerate(calls):
+        call["sm_scale"] = jnp.float32(0.05 + i)
+    stacked = jax.tree.map(lambda *x: jnp.stack(x), *calls)
     got = jax.vmap(lambda c: sparse(**c))(stacked)
     for i, call in enumerate(calls):
         samples.assert_equal_results((got[0][i], got[1][i]), reference.sparse_mla_decode(**call), mla_jax.MODEL1)
