@@ -1,0 +1,242 @@
+"""Device time of a jitted call, by the rule that every number in docs/results follows.
+
+Two regimes, always named:
+
+  graph     (end of the last kernel - start of the first) / N over one jitted chain of N calls in stream order, from
+            CUPTI timestamps: all kernels of the op and all gaps between them are in. `busy_us` beside it is the sum
+            of the kernels' own times. The peer's number is CUDA events around N replays of a CUDA graph, over N.
+  isolated  one call at a time on an idle GPU with a cold L2: first kernel's start to last kernel's end.
+
+The chain's calls take their arguments, caches aside, from distinct parameters and return all their results, so that XLA
+can neither merge nor drop one; that N equal runs of kernels happened, in order, is checked on every measurement. Calls
+made of XLA ops, which XLA could mix with each other, are linked by data instead: each waits for the last one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import dataclasses
+import re
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from mla_jax.bench import cupti
+from mla_jax.bench.inputs import Inputs, abstract, call
+from mla_jax.bench.workloads import Append, Plan, Workload
+
+MIN_CALLS = 20
+_FLUSH_BYTES = 1 << 30  # written between isolated calls: far more than any L2
+_FALLBACK_L2_BYTES = 50 << 20  # H100
+
+
+class TimingError(RuntimeError):
+    """The kernels that ran are not what the timing rule assumes."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """Device time of one call, in microseconds."""
+
+    us: float
+    busy_us: float
+    kernels: tuple[str, ...]  # of one call, in order (each once, where calls are linked by data)
+    in_graph: bool  # whether XLA ran them from a CUDA graph
+
+
+def require_gpu() -> jax.Device:
+    """The GPU to measure on. Raises RuntimeError where there is none: host time says nothing about kernels."""
+    with contextlib.suppress(RuntimeError):
+        return jax.devices("cuda")[0]
+    raise RuntimeError(
+        "the benchmark times kernels on an NVIDIA GPU, and jax sees none here "
+        f"(platforms: {jax.default_backend()}); install 'mla-jax[cuda13]' on a machine with one"
+    )
+
+
+def l2_bytes() -> int:
+    """Size of GPU 0's L2 cache."""
+    value = ctypes.c_int(0)
+    l2_cache_size = 38  # CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE
+    with contextlib.suppress(OSError):
+        driver = ctypes.CDLL("libcuda.so.1")
+        if driver.cuInit(0) == 0 and driver.cuDeviceGetAttribute(ctypes.byref(value), l2_cache_size, 0) == 0:
+            return value.value
+    return _FALLBACK_L2_BYTES
+
+
+@dataclasses.dataclass(frozen=True)
+class CompiledChain:
+    """N calls of a workload as one executable, and the same call alone."""
+
+    workload: Workload
+    calls: int
+    sets: int
+    linked: bool  # whether calls are chained by data, not by the stream alone
+    chain: Callable  # (caches, args of each call, carry) -> results; the carry is donated
+    op: Callable  # (caches, args) -> result of one call
+
+
+def compile_chain(
+    workload: Workload, *, sets: int = 1, calls: int = MIN_CALLS, implementation: str | None = None, config: Any = None
+) -> CompiledChain:
+    """A chain of at least `calls` calls, a multiple of `sets`. Needs no arrays; threads may do it in parallel.
+
+    Raises whatever the op raises for this workload, implementation and config.
+    """
+    calls = -(-max(calls, sets) // sets) * sets
+    shapes = abstract(workload, sets=sets)
+    op = jax.jit(lambda caches, args: call(workload, caches, args, implementation=implementation, config=config))
+    linked = isinstance(workload, Plan | Append) or implementation == "xla"
+    if isinstance(workload, Append):
+        chain = _carry_chain(op)
+    elif linked:
+        chain = _data_chain(op)
+    else:
+        chain = _stream_chain(op)
+    args = tuple(shapes.sets[i % sets] for i in range(calls))
+    compiled = jax.jit(chain, donate_argnums=2).lower(shapes.caches, args, shapes.carry).compile()
+    return CompiledChain(workload, calls, sets, linked, compiled, op)
+
+
+class Chain:
+    """A compiled chain and its arrays, ready to be timed again and again."""
+
+    def __init__(self, compiled: CompiledChain, inputs: Inputs):
+        self.inputs = inputs
+        self.calls = compiled.calls
+        self._compiled = compiled
+        self._args = tuple(inputs.sets[i % len(inputs.sets)] for i in range(compiled.calls))
+        self._carry = inputs.carry
+        self.run()
+
+    def run(self) -> Any:
+        """One pass over the chain; waits for it."""
+        return jax.block_until_ready(self._launch())
+
+    def _launch(self) -> Any:
+        out = self._compiled.chain(self.inputs.caches, self._args, self._carry)
+        if self._carry is not None:
+            self._carry = out
+        return out
+
+    def measure(self) -> Sample:
+        """The `graph` regime: one pass, timed by CUPTI.
+
+        Raises:
+          TimingError: the chain did not run as N equal, ordered runs of kernels.
+        """
+        with cupti.trace() as activities:
+            self.run()
+        names = [_plain_name(a.name) for a in activities]
+        return Sample(
+            us=cupti.span_us(activities) / self.calls,
+            busy_us=cupti.busy_us(activities) / self.calls,
+            kernels=tuple(dict.fromkeys(names)) if self._compiled.linked else equal_runs(names, self.calls),
+            in_graph=all(a.in_graph for a in activities),
+        )
+
+    def first_out(self) -> Any:
+        """What the op returns for the first input set."""
+        return self._compiled.op(self.inputs.caches, self._args[0])
+
+    def wall_us(self, passes: int = 3) -> float:
+        """The same time from the host's clock, free of CUPTI: what `passes` further passes add to one, per call."""
+
+        def seconds(n: int) -> float:
+            start = time.perf_counter()
+            for _ in range(n):
+                out = self._launch()
+            jax.block_until_ready(out)
+            return time.perf_counter() - start
+
+        more = statistics.median(seconds(1 + passes) for _ in range(3))
+        one = statistics.median(seconds(1) for _ in range(3))
+        return (more - one) / passes / self.calls * 1e6
+
+    def isolated(self, repeats: int = 10) -> Sample:
+        """The `isolated` regime: the median of single calls, the L2 flushed and the GPU idle before each."""
+        if self._carry is not None:
+            raise TimingError("append_kv is timed in the graph regime only: alone it would copy the cache")
+
+        def one(i: int) -> None:
+            jax.block_until_ready(self._compiled.op(self.inputs.caches, self._args[i % self.calls]))
+
+        one(0)
+        return isolated(one, repeats)
+
+
+def isolated(one: Callable[[int], None], repeats: int) -> Sample:
+    """Median span of `one(i)`, which launches work and waits for it, over `repeats` calls on an idle, cold GPU."""
+    flush = jax.jit(lambda x: jnp.full(_FLUSH_BYTES // 4, x, jnp.int32))
+    samples = []
+    for i in range(repeats):
+        jax.block_until_ready(flush(i))
+        with cupti.trace() as activities:
+            one(i)
+        samples.append(activities)
+    middle = sorted(samples, key=cupti.span_us)[len(samples) // 2]
+    return Sample(
+        us=statistics.median(map(cupti.span_us, samples)),
+        busy_us=statistics.median(map(cupti.busy_us, samples)),
+        kernels=tuple(_plain_name(a.name) for a in middle),
+        in_graph=False,
+    )
+
+
+def equal_runs(names: list[str], calls: int) -> tuple[str, ...]:
+    """The kernels of one call, given those of a whole chain. Raises TimingError unless it is `calls` equal runs."""
+    if not names or len(names) % calls:
+        raise TimingError(f"{len(names)} kernels ran in a chain of {calls} calls: some merged or dropped")
+    size = len(names) // calls
+    for i in range(0, len(names), size):
+        if names[i : i + size] != names[:size]:
+            raise TimingError(f"call {i // size} ran {names[i : i + size]} where call 0 ran {names[:size]}")
+    return tuple(names[:size])
+
+
+def _plain_name(name: str) -> str:
+    """A kernel's name without the number that XLA appends to tell copies apart."""
+    return re.sub(r"(_\d+)+$", "", name)
+
+
+def _stream_chain(op: Callable) -> Callable:
+    """Independent parameters, all results returned: the calls run one after the other on JAX's compute stream."""
+    return lambda caches, args, _carry: tuple(op(caches, a) for a in args)
+
+
+def _data_chain(op: Callable) -> Callable:
+    """Each call's first argument takes a zero from the last call's result."""
+
+    def chain(caches, args, _carry):
+        result = None
+        for arg in args:
+            result = op(caches, arg if result is None else _linked(arg, result))
+        return result
+
+    return chain
+
+
+def _carry_chain(op: Callable) -> Callable:
+    """The carry, donated, goes through every call; so does a zero, or XLA would hoist what depends on args alone."""
+
+    def chain(caches, args, carry):
+        for arg in args:
+            carry = op(caches, _linked(arg, carry) | {"carry": carry})
+        return carry
+
+    return chain
+
+
+def _linked(args: dict, result: Any) -> dict:
+    """`args` with a zero made from `result` added to the first of them, which XLA cannot see through."""
+    name, x = next(iter(args.items()))
+    leaf = jax.tree.leaves(result)[0].ravel()[0]
+    if jnp.issubdtype(x.dtype, jnp.integer):
+        return args | {name: x + jnp.minimum(leaf, 0).astype(x.dtype)}  # a plan's numbers are not negative
+    return args | {name: x + (leaf.astype(jnp.float32) * 0).astype(x.dtype)}  # not folded: 0 * inf would be NaN

@@ -1,0 +1,144 @@
+"""The chain computes what single calls compute; the timestamps' arithmetic; and no GPU, no numbers."""
+
+import ctypes
+
+import jax
+import numpy as np
+import pytest
+
+from mla_jax.bench import cupti, inputs, timer
+from mla_jax.bench.workloads import Dense, Scope, Sparse, append, plan
+from pallas_kernels.formats import BF16_576, V32
+
+DENSE = Dense(name="dense", b=2, s_q=1, h=2, s_k=70)
+SPARSE = Sparse(name="sparse", b=2, s_q=1, h=2, main=Scope(fmt=V32, page_size=64, s_kv=128, topk=16))
+
+
+def test_stream_chain_returns_every_call():
+    compiled = timer.compile_chain(DENSE, sets=2, calls=3)
+    arrays = inputs.build(DENSE, sets=2)
+    assert compiled.calls == 4 and not compiled.linked  # a multiple of the sets
+    results = timer.Chain(compiled, arrays).run()
+    for i, (out, lse) in enumerate(results):
+        want, want_lse = inputs.call(DENSE, arrays.caches, arrays.sets[i % 2])
+        np.testing.assert_allclose(out.astype(np.float32), want.astype(np.float32), atol=1e-2)
+        np.testing.assert_allclose(lse, want_lse, atol=1e-3)
+
+
+@pytest.mark.parametrize("workload", [SPARSE, plan(SPARSE), plan(DENSE)])
+def test_linked_chain_gives_the_last_call(workload):
+    compiled = timer.compile_chain(workload, calls=3, implementation="xla")
+    arrays = inputs.build(workload)
+    assert compiled.linked and compiled.calls == 3
+    got = timer.Chain(compiled, arrays).run()
+    want = inputs.call(workload, arrays.caches, arrays.sets[0])
+    for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(np.asarray(g, np.float32), np.asarray(w, np.float32), atol=1e-2)
+
+
+def test_linked_chain_keeps_its_calls():
+    """The zero that links calls is not folded away: the lowered chain still reads one call's result in the next."""
+    compiled = timer.compile_chain(plan(DENSE), calls=3)
+    one = timer.compile_chain(plan(DENSE), calls=1)
+    assert compiled.chain.as_text().count("minimum") > one.chain.as_text().count("minimum")
+
+
+@pytest.mark.parametrize("fmt", [BF16_576, V32])
+def test_append_chain_writes_and_runs_again(fmt):
+    workload = append(fmt, 4)
+    arrays = inputs.build(workload)
+    slots = np.asarray(arrays.sets[0]["slots"])
+    chain = timer.Chain(timer.compile_chain(workload, calls=2), arrays)
+    data = np.asarray(chain.run().data)
+    written = data.reshape(-1, data.shape[-1])[slots]  # [b, row]
+    assert written.any() and np.count_nonzero(data.reshape(-1, data.shape[-1]).any(axis=1)) == 4
+    with pytest.raises(timer.TimingError, match="graph regime only"):
+        chain.isolated()
+
+
+def test_wall_clock():
+    chain = timer.Chain(timer.compile_chain(DENSE, calls=2), inputs.build(DENSE))
+    assert 0 < chain.wall_us(passes=2) < 1e6
+
+
+def test_equal_runs():
+    assert timer.equal_runs(["a", "b", "a", "b"], 2) == ("a", "b")
+    with pytest.raises(timer.TimingError, match="3 kernels ran in a chain of 2 calls"):
+        timer.equal_runs(["a", "b", "a"], 2)
+    with pytest.raises(timer.TimingError, match=r"call 1 ran \['b', 'a'\] where call 0 ran \['a', 'b'\]"):
+        timer.equal_runs(["a", "b", "b", "a"], 2)
+    with pytest.raises(timer.TimingError, match="0 kernels"):
+        timer.equal_runs([], 2)
+
+
+def test_plain_names():
+    assert timer._plain_name("loop_add_fusion_12") == timer._plain_name("loop_add_fusion") == "loop_add_fusion"
+
+
+def test_no_gpu_no_numbers(monkeypatch):
+    def no_cuda(platform=None):
+        raise RuntimeError(f"Unknown backend {platform}")
+
+    monkeypatch.setattr(jax, "devices", no_cuda)
+    with pytest.raises(RuntimeError, match="times kernels on an NVIDIA GPU, and jax sees none"):
+        timer.require_gpu()
+
+
+def test_spans():
+    kernels = [cupti.Activity("a", 1_000, 4_000, False), cupti.Activity("b", 6_000, 9_500, False)]
+    assert cupti.span_us(kernels) == 8.5
+    assert cupti.busy_us(kernels) == 6.5
+
+
+class _Kernel(ctypes.Structure):
+    """CUpti_ActivityKernel10, down to the last field that is read, as CUPTI's header declares it."""
+
+    _fields_ = (
+        ("kind", ctypes.c_uint32),
+        ("cacheConfig", ctypes.c_uint8),
+        ("sharedMemoryConfig", ctypes.c_uint8),
+        ("registersPerThread", ctypes.c_uint16),
+        ("partitionedGlobalCacheRequested", ctypes.c_int32),
+        ("partitionedGlobalCacheExecuted", ctypes.c_int32),
+        ("start", ctypes.c_uint64),
+        ("end", ctypes.c_uint64),
+        ("completed", ctypes.c_uint64),
+        ("deviceId", ctypes.c_uint32),
+        ("contextId", ctypes.c_uint32),
+        ("streamId", ctypes.c_uint32),
+        ("grid", ctypes.c_int32 * 3),
+        ("block", ctypes.c_int32 * 3),
+        ("staticSharedMemory", ctypes.c_int32),
+        ("dynamicSharedMemory", ctypes.c_int32),
+        ("localMemoryPerThread", ctypes.c_uint32),
+        ("localMemoryTotal", ctypes.c_uint32),
+        ("correlationId", ctypes.c_uint32),
+        ("gridId", ctypes.c_int64),
+        ("name", ctypes.c_char_p),
+        ("reserved0", ctypes.c_void_p),
+        ("queued", ctypes.c_uint64),
+        ("submitted", ctypes.c_uint64),
+        ("launch", ctypes.c_uint8 * 4),
+        ("sharedMemoryExecuted", ctypes.c_uint32),
+        ("graphNodeId", ctypes.c_uint64),
+        ("shmemLimitConfig", ctypes.c_int32),
+        ("graphId", ctypes.c_uint32),
+    )
+
+
+@pytest.mark.parametrize("graph", [0, 7])
+def test_kernel_records(graph):
+    record = _Kernel(kind=10, start=123, end=456, name=b"mla_decode", graphId=graph)
+    assert cupti._read(ctypes.addressof(record)) == cupti.Activity("mla_decode", 123, 456, bool(graph))
+
+
+@pytest.mark.parametrize(("kind", "name"), [(1, "memcpy"), (2, "memset")])
+def test_copies_and_fills(kind, name):
+    record = _Kernel(kind=kind, start=1, end=2)
+    assert cupti._read(ctypes.addressof(record)) == cupti.Activity(name, 1, 2, False)
+
+
+def test_missing_cupti(monkeypatch):
+    monkeypatch.setattr(cupti, "_candidates", lambda: ["libcupti-that-is-not-there.so"])
+    with pytest.raises(cupti.CuptiError, match="comes with JAX's CUDA plugin"):
+        cupti._Cupti()
