@@ -169,7 +169,7 @@ def sparse(
     sm_scale: Float32[Array, ""],
     attn_sink: Float32[Array, "h"] | None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Sparse decode over one or two scopes (cache, indices, lengths): out and lse as `dense`, the sink in `out` only."""
+    """Sparse decode over scopes (cache, indices, lengths): out and lse as `dense`, the sink in `out` only."""
     b, s_q, h, d = q.shape
     axes = _varying_axes(q, scopes, sm_scale)
     items = b * s_q
