@@ -8,14 +8,6 @@ import numpy as np
 import mla_jax
 
 FORMATS = list(mla_jax.FORMATS.values())
-PAIRS = [
-    (mla_jax.BF16_576, mla_jax.V32),
-    (mla_jax.V32, mla_jax.BF16_576),
-    (mla_jax.MODEL1, mla_jax.MODEL1),
-    (mla_jax.MODEL1, mla_jax.BF16_512),
-    (mla_jax.F32_512, mla_jax.F32_512),
-]
-"""Formats of main and extra cache that go together."""
 
 
 def rows(rng, *shape, fmt):
