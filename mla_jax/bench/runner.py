@@ -48,10 +48,11 @@ def compile_chain(
     workload: Workload, *, implementation: str | None = None, config: Any = None, calls: int | None = None
 ) -> timer.CompiledChain:
     """Compiles what `measure` times, with as many calls and input sets as the timing rule asks for."""
+    is_baseline = implementation == "xla" and isinstance(workload, Dense | Sparse)
     if calls is None:
-        calls = XLA_CALLS if implementation == "xla" else timer.MIN_CALLS
+        calls = XLA_CALLS if is_baseline else timer.MIN_CALLS
     sets = num_sets(workload, timer.l2_bytes())
-    if implementation == "xla":
+    if is_baseline:
         sets = min(sets, calls)
     return timer.compile_chain(workload, sets=sets, calls=calls, implementation=implementation, config=config)
 
@@ -82,7 +83,7 @@ def measure(
     if inputs is None:
         inputs = build(workload, sets=compiled.sets)
     chain = timer.Chain(compiled, inputs)
-    theirs = _peer_for(inputs, chain.calls) if peer else None
+    theirs = _peer_for(inputs, max(chain.calls, timer.MIN_CALLS)) if peer else None
     common: dict[str, Any] = dict(
         workload=workload.name, regime=regime, implementation=label, calls=chain.calls, sets=len(inputs.sets),
         flop=workload.flop, bytes_moved=workload.bytes_moved,

@@ -8,15 +8,19 @@ Two regimes, always named:
   isolated  one call at a time on an idle GPU with a cold L2: first kernel's start to last kernel's end.
 
 The chain's calls take their arguments, caches aside, from distinct parameters and return all their results, so that XLA
-can neither merge nor drop one; that N equal runs of kernels happened, in order, is checked on every measurement. Calls
-made of XLA ops, which XLA could mix with each other, are linked by data instead: each waits for the last one.
+can neither merge nor drop one. XLA runs them from a CUDA graph (its default), told to keep them in order: left alone it
+would run calls that do not depend on each other side by side. That every kernel ran N times, and the main one never two
+at a time, is checked on every measurement. Calls made of XLA ops alone, which XLA could mix with each other, are linked
+by data instead: each waits for the last one.
 """
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import ctypes
 import dataclasses
+import itertools
 import re
 import statistics
 import time
@@ -33,6 +37,7 @@ from mla_jax.bench.workloads import Append, Plan, Workload
 MIN_CALLS = 20
 _FLUSH_BYTES = 1 << 30  # written between isolated calls: far more than any L2
 _FALLBACK_L2_BYTES = 50 << 20  # H100
+_MAX_OVERLAP = 0.1  # a kernel launched early (programmatic dependent launch) overlaps its predecessor's end
 
 
 class TimingError(RuntimeError):
@@ -45,7 +50,7 @@ class Sample:
 
     us: float
     busy_us: float
-    kernels: tuple[str, ...]  # of one call, in order (each once, where calls are linked by data)
+    kernels: tuple[str, ...]  # of one call (each name once, where calls are linked by data)
     in_graph: bool  # whether XLA ran them from a CUDA graph
 
 
@@ -100,7 +105,8 @@ def compile_chain(
     else:
         chain = _stream_chain(op)
     args = tuple(shapes.sets[i % sets] for i in range(calls))
-    compiled = jax.jit(chain, donate_argnums=2).lower(shapes.caches, args, shapes.carry).compile()
+    lowered = jax.jit(chain, donate_argnums=2).lower(shapes.caches, args, shapes.carry)
+    compiled = lowered.compile(compiler_options={"xla_gpu_command_buffer_scheduling_mode": "SERIALIZE"})
     return CompiledChain(workload, calls, sets, linked, compiled, op)
 
 
@@ -133,11 +139,14 @@ class Chain:
         """
         with cupti.trace() as activities:
             self.run()
-        names = [_plain_name(a.name) for a in activities]
+        activities = [a._replace(name=_plain_name(a.name)) for a in activities]
+        kernels = tuple(dict.fromkeys(a.name for a in activities))
+        if not self._compiled.linked:
+            kernels = kernels_of_a_call(activities, self.calls)
         return Sample(
             us=cupti.span_us(activities) / self.calls,
             busy_us=cupti.busy_us(activities) / self.calls,
-            kernels=tuple(dict.fromkeys(names)) if self._compiled.linked else equal_runs(names, self.calls),
+            kernels=kernels,
             in_graph=all(a.in_graph for a in activities),
         )
 
@@ -189,15 +198,25 @@ def isolated(one: Callable[[int], None], repeats: int) -> Sample:
     )
 
 
-def equal_runs(names: list[str], calls: int) -> tuple[str, ...]:
-    """The kernels of one call, given those of a whole chain. Raises TimingError unless it is `calls` equal runs."""
-    if not names or len(names) % calls:
-        raise TimingError(f"{len(names)} kernels ran in a chain of {calls} calls: some merged or dropped")
-    size = len(names) // calls
-    for i in range(0, len(names), size):
-        if names[i : i + size] != names[:size]:
-            raise TimingError(f"call {i // size} ran {names[i : i + size]} where call 0 ran {names[:size]}")
-    return tuple(names[:size])
+def kernels_of_a_call(activities: list[cupti.Activity], calls: int) -> tuple[str, ...]:
+    """Names of the kernels of one call, given those of a whole chain in order of start.
+
+    Raises TimingError unless every kernel ran `calls` times (or a multiple), and the one that takes most of the time
+    never twice at once: then calls were merged, dropped or overlapped, and their time is not that of `calls` calls.
+    """
+    counts = collections.Counter(a.name for a in activities)
+    if not counts or any(count % calls for count in counts.values()):
+        raise TimingError(f"in a chain of {calls} calls some were merged or dropped: kernels ran {dict(counts)} times")
+    durations: collections.Counter[str] = collections.Counter()
+    for a in activities:
+        durations[a.name] += a.end_ns - a.start_ns
+    main = durations.most_common(1)[0][0]
+    runs = [a for a in activities if a.name == main]
+    overlap_ns = sum(max(0, a.end_ns - b.start_ns) for a, b in itertools.pairwise(runs))
+    if overlap_ns > _MAX_OVERLAP * durations[main]:
+        share = overlap_ns / durations[main]
+        raise TimingError(f"calls overlapped: {main} ran beside itself for {share:.0%} of its time")
+    return tuple(name for name, count in counts.items() for _ in range(count // calls))
 
 
 def _plain_name(name: str) -> str:

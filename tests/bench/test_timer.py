@@ -61,14 +61,28 @@ def test_wall_clock():
     assert 0 < chain.wall_us(passes=2) < 1e6
 
 
-def test_equal_runs():
-    assert timer.equal_runs(["a", "b", "a", "b"], 2) == ("a", "b")
-    with pytest.raises(timer.TimingError, match="3 kernels ran in a chain of 2 calls"):
-        timer.equal_runs(["a", "b", "a"], 2)
-    with pytest.raises(timer.TimingError, match=r"call 1 ran \['b', 'a'\] where call 0 ran \['a', 'b'\]"):
-        timer.equal_runs(["a", "b", "b", "a"], 2)
-    with pytest.raises(timer.TimingError, match="0 kernels"):
-        timer.equal_runs([], 2)
+def _ran(*kernels):
+    return [cupti.Activity(name, start, end, True) for name, start, end in kernels]
+
+
+def test_kernels_of_a_call():
+    good = _ran(("fill", 0, 1), ("fill", 1, 2), ("main", 2, 9), ("merge", 9, 10), ("main", 10, 17), ("merge", 17, 18))
+    assert timer.kernels_of_a_call(good, 2) == ("fill", "main", "merge")
+    assert timer.kernels_of_a_call(good, 1) == ("fill", "fill", "main", "main", "merge", "merge")
+    with pytest.raises(timer.TimingError, match=r"merged or dropped: kernels ran \{'fill': 1, 'main': 2, 'merge': 2\}"):
+        timer.kernels_of_a_call(good[1:], 2)
+    with pytest.raises(timer.TimingError, match="merged or dropped"):
+        timer.kernels_of_a_call([], 2)
+
+
+@pytest.mark.parametrize(("second", "overlaps"), [(95, False), (50, True)])
+def test_calls_that_overlap(second, overlaps):
+    chain = _ran(("main", 0, 100), ("merge", 90, 110), ("main", second, second + 100), ("merge", 200, 210))
+    if not overlaps:
+        assert timer.kernels_of_a_call(chain, 2) == ("main", "merge")
+        return
+    with pytest.raises(timer.TimingError, match="main ran beside itself for 25% of its time"):
+        timer.kernels_of_a_call(chain, 2)
 
 
 def test_plain_names():
