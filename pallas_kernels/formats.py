@@ -200,6 +200,18 @@ MODEL1 = KVFormat(
     page_align_bytes=576,
 )
 
+# Keys of the lightning indexer (DeepSeek-V3.2 and V4): all values of a page, then one float32 scale a token. A page of
+# a multiple of 32 tokens has no padding. Rows of a score, never attended to, so not among `FORMATS`.
+INDEX_FP8 = KVFormat(
+    name="INDEX_FP8",
+    d_qk=128,
+    d_v=128,
+    records=((Field("nope", E4M3, 128),), (Field("scale", F32, 1),)),
+    scale_tile=128,
+    page_align_bytes=128,
+)
+INDEX_F32 = _plain("INDEX_F32", F32, 128, 0, 128)
+
 FORMATS: dict[str, KVFormat] = {
     fmt.name: fmt for fmt in (BF16_576, BF16_512, F32_576, F32_512, V32, MODEL1)
 }

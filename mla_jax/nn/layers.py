@@ -1,0 +1,39 @@
+"""Norms and projections that both modules are made of. All pure; each computes in float32 and returns x's dtype."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+
+def rms_norm(x: jax.Array, weight: jax.Array | None, eps: float) -> jax.Array:
+    """x / sqrt(mean(x^2) + eps) over the last axis, times weight `[d]` unless that is None. x `[..., d]` -> the same."""
+    y = x.astype(jnp.float32)  # [..., d]
+    y = y * lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)  # [..., d]
+    if weight is not None:
+        y = y * weight.astype(jnp.float32)  # [..., d]
+    return y.astype(x.dtype)
+
+
+def layer_norm(x: jax.Array, weight: jax.Array, bias: jax.Array, eps: float) -> jax.Array:
+    """(x - mean) / sqrt(var + eps) * weight + bias over the last axis. x `[..., d]`, weight and bias `[d]`."""
+    y = x.astype(jnp.float32)  # [..., d]
+    y = y - jnp.mean(y, axis=-1, keepdims=True)  # [..., d]
+    y = y * lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)  # [..., d]
+    return (y * weight.astype(jnp.float32) + bias.astype(jnp.float32)).astype(x.dtype)
+
+
+def einsum(equation: str, a: jax.Array, b: jax.Array, *, dtype=None) -> jax.Array:
+    """A contraction accumulated in float32, returned in `dtype` (a's by default).
+
+    float32 operands are multiplied as float32: without `HIGHEST` a GPU would round them to TF32 first.
+    """
+    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    out = jnp.einsum(equation, a, b, precision=precision, preferred_element_type=jnp.float32)
+    return out.astype(dtype or a.dtype)
+
+
+def project(x: jax.Array, weight: jax.Array, *, dtype=None) -> jax.Array:
+    """x `[..., i]` times a checkpoint-style weight `[o, i]` -> `[..., o]`."""
+    return einsum("...i,oi->...o", x, weight, dtype=dtype)
