@@ -241,6 +241,7 @@ class Model1Config:
       window: keys of the sliding window, the query's own included.
       page_tokens: tokens that one column of the context table stands for: a page of compressed entries holds
         `page_tokens / ratio` of them.
+      rollback_tokens: most tokens that a decode step may take back (rejected drafts).
       index_heads, index_dim, index_topk: the indexer of ratio-4 layers.
       rope, compressed_rope: frequencies of layers of ratio 0, and of every branch of compressed layers.
       norm_eps, cache, scale_rule, implementation: as in `V32Config`.
@@ -254,6 +255,7 @@ class Model1Config:
     ratios: tuple[int, ...]
     window: int = 128
     page_tokens: int = 256
+    rollback_tokens: int = 4
     index_heads: int = 64
     index_dim: int = 128
     index_topk: int = 512

@@ -7,12 +7,17 @@ import jax.numpy as jnp
 from jax import lax
 
 
+def along_last(vector: jax.Array, ndim: int) -> jax.Array:
+    """`[d]` as float32 `[1, ..., 1, d]` of `ndim` axes (works under jax_numpy_rank_promotion="raise")."""
+    return vector.astype(jnp.float32).reshape((1,) * (ndim - 1) + vector.shape)
+
+
 def rms_norm(x: jax.Array, weight: jax.Array | None, eps: float) -> jax.Array:
     """x / sqrt(mean(x^2) + eps) over the last axis, times weight `[d]` unless that is None. x `[..., d]` -> the same."""
     y = x.astype(jnp.float32)  # [..., d]
     y = y * lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)  # [..., d]
     if weight is not None:
-        y = y * weight.astype(jnp.float32)  # [..., d]
+        y = y * along_last(weight, y.ndim)  # [..., d]
     return y.astype(x.dtype)
 
 
@@ -21,7 +26,7 @@ def layer_norm(x: jax.Array, weight: jax.Array, bias: jax.Array, eps: float) -> 
     y = x.astype(jnp.float32)  # [..., d]
     y = y - jnp.mean(y, axis=-1, keepdims=True)  # [..., d]
     y = y * lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)  # [..., d]
-    return (y * weight.astype(jnp.float32) + bias.astype(jnp.float32)).astype(x.dtype)
+    return (y * along_last(weight, y.ndim) + along_last(bias, y.ndim)).astype(x.dtype)
 
 
 def einsum(equation: str, a: jax.Array, b: jax.Array, *, dtype=None) -> jax.Array:

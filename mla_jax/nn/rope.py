@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mla_jax.nn.layers import along_last
+
 if TYPE_CHECKING:
     from mla_jax.nn.config import RopeConfig
 
@@ -37,7 +39,8 @@ def frequencies(rope: RopeConfig) -> np.ndarray:
 
 def cos_sin(positions: jax.Array, rope: RopeConfig) -> tuple[jax.Array, jax.Array]:
     """cos and sin of every position's angles: positions int `[...]` -> two float32 `[..., dim / 2]`."""
-    angle = positions[..., None].astype(jnp.float32) * frequencies(rope)  # [..., dim/2]
+    radians = along_last(jnp.asarray(frequencies(rope)), positions.ndim + 1)  # [..., dim/2]
+    angle = positions[..., None].astype(jnp.float32) * radians  # [..., dim/2]
     return jnp.cos(angle), jnp.sin(angle)
 
 

@@ -12,6 +12,7 @@ methods give the same set where scores are distinct (ties: `select_topk`); they 
 
 from __future__ import annotations
 
+import functools
 from typing import Literal, get_args
 
 import jax
@@ -45,6 +46,11 @@ def select_topk(scores: jax.Array, visible: jax.Array, k: int, *, method: Method
         raise ValueError(f"visible has shape {visible.shape}; accepted: {scores.shape[:-1]}, the rows of scores")
     if method not in get_args(Method):
         raise ValueError(f"method={method!r}; accepted: {', '.join(get_args(Method))}")
+    return _select(scores, visible, k, method)
+
+
+@functools.partial(jax.jit, static_argnames=("k", "method"))
+def _select(scores: jax.Array, visible: jax.Array, k: int, method: Method) -> jax.Array:
     n = scores.shape[-1]
     keys = _sortable(scores, visible)  # [..., n]
     rows = keys.reshape(-1, n)  # [r, n]
@@ -59,7 +65,8 @@ def _sortable(scores: jax.Array, visible: jax.Array) -> jax.Array:
     bits = lax.bitcast_convert_type(scores.astype(jnp.float32), jnp.uint32)  # [..., n]
     sign = jnp.uint32(1 << 31)
     keys = jnp.where(bits >= sign, ~bits, bits | sign)  # [..., n]: negative floats reversed, below the positive ones
-    taking_part = jnp.arange(scores.shape[-1]) < visible[..., None]  # [..., n]
+    column = jnp.arange(scores.shape[-1]).reshape((1,) * visible.ndim + (-1,))  # [..., n]
+    taking_part = column < visible[..., None]  # [..., n]
     return jnp.where(taking_part, jnp.maximum(keys, 1), 0)  # [..., n]
 
 
@@ -76,7 +83,7 @@ def _by_chunks(keys: jax.Array, k: int) -> jax.Array:
         return _by_sort(keys, k)
     padded = jnp.pad(keys, ((0, 0), (0, count * piece - n)))  # [r, count * piece]
     values, columns = lax.top_k(padded.reshape(r, count, piece), k)  # [r, count, k] each
-    columns = columns + piece * jnp.arange(count)[:, None]  # [r, count, k]
+    columns = columns + piece * jnp.arange(count)[None, :, None]  # [r, count, k]
     values, winners = lax.top_k(values.reshape(r, -1), k)  # [r, k] each
     return jnp.where(values > 0, jnp.take_along_axis(columns.reshape(r, -1), winners, axis=1), -1)  # [r, k]
 
@@ -87,7 +94,7 @@ def kth_largest(keys: jax.Array, k: int) -> jax.Array:
 
     def narrow(step: jax.Array, found: jax.Array) -> jax.Array:
         shift = (28 - 4 * step).astype(jnp.uint32)
-        candidates = found[:, None] | (digits << shift)  # [r, 15]
+        candidates = found[:, None] | (digits << shift)[None]  # [r, 15]
         reach = jnp.sum(keys[:, None, :] >= candidates[:, :, None], axis=-1, dtype=jnp.int32)  # [r, 15]
         digit = jnp.sum(reach >= k, axis=-1).astype(jnp.uint32)  # [r]: reach falls as the digit grows
         return found | (digit << shift)  # [r]
@@ -117,10 +124,10 @@ def nth_set(mask: jax.Array, k: int) -> jax.Array:
     running = running.astype(jnp.int32)
     ends = jnp.cumsum(running[..., -1], axis=1)  # [r, m]: set up to the block's end
     wanted = jnp.arange(k)  # [k]
-    block = jnp.sum(ends[:, None, :] <= wanted[:, None], axis=-1)  # [r, k]; num_blocks where there is none
+    block = jnp.sum(ends[:, None, :] <= wanted[None, :, None], axis=-1)  # [r, k]; num_blocks where there is none
     exists = block < num_blocks  # [r, k]
     block = jnp.minimum(block, num_blocks - 1)  # [r, k]
     before = jnp.take_along_axis(ends - running[..., -1], block, axis=1)  # [r, k]
     inside = jnp.take_along_axis(running.astype(jnp.uint8), block[..., None], axis=1)  # [r, k, block]
-    place = jnp.sum(inside <= (wanted - before)[..., None], axis=-1)  # [r, k]
+    place = jnp.sum(inside <= (wanted[None] - before).astype(jnp.uint8)[..., None], axis=-1)  # [r, k]
     return jnp.where(exists, block * _BLOCK + place, -1)  # [r, k]

@@ -1,0 +1,114 @@
+"""The lightning indexer: a small attention that scores every cached key, so that the real one reads only the best.
+
+    I[t, s] = sum over heads h of relu(q[t, h] . k[s]) * w[t, h]
+
+Keys are cached on their own, 128 e4m3 values and one float32 scale each (`INDEX_FP8`), under the block table of the
+rows that they speak for. Queries and keys pass a Hadamard transform first: it is orthogonal, so scores stay what they
+are, but it spreads outliers over all dims before e4m3 rounds them.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from mla_jax.cache import PagedKVCache
+from mla_jax.nn.layers import einsum, project
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float, Float32, Int32
+
+SCALE_RULE = "pow2_low"  # how index keys are quantised, see mla_jax.quantize
+
+SCORE_BYTES = 32 * 2**20
+"""Upper bound for the per-head scores that exist at a time; about what stays in a GPU's L2 cache."""
+
+
+@functools.cache
+def hadamard_matrix(d: int) -> np.ndarray:
+    """Sylvester's Hadamard matrix of order d, a power of two, entries +-1: int8 `[d, d]`."""
+    if d < 1 or d & (d - 1):
+        raise ValueError(f"d={d}; accepted: a power of two")
+    matrix = np.ones((1, 1), np.int8)
+    while len(matrix) < d:
+        matrix = np.block([[matrix, matrix], [matrix, -matrix]])
+    return matrix
+
+
+def hadamard(x: Float[Array, "*n d"]) -> jax.Array:
+    """x times the orthogonal Hadamard matrix: `[..., d]`, x's dtype."""
+    d = x.shape[-1]
+    spread = einsum("...i,ij->...j", x, jnp.asarray(hadamard_matrix(d), x.dtype), dtype=jnp.float32)  # [..., d]
+    return (spread * d**-0.5).astype(x.dtype)
+
+
+def scores(
+    q: Float[Array, "b s heads d"],
+    weights: Float32[Array, "b s heads"],
+    cache: PagedKVCache,
+    block_table: Int32[Array, "b columns"],
+    visible: Int32[Array, "b s"],
+) -> Float32[Array, "b s n"]:
+    """Scores of every position that a block table spans, n = columns * page_size.
+
+    Works through the table some columns at a time, as far as the longest request reaches, and reads no page past it.
+    Positions whose page does not exist score -inf. Positions at or past `visible` hold anything, NaN included: the
+    caller masks them (`topk.select_topk`).
+
+    Args:
+      q: queries after RoPE and Hadamard, bfloat16 (float32 for an `INDEX_F32` cache).
+      weights: the heads' weights, every constant factor included.
+      cache: index keys.
+      block_table: pages of each request; entries out of range are no pages.
+      visible: how many positions each query may see.
+    """
+    b, s, heads, _ = q.shape
+    page_size, columns = cache.page_size, block_table.shape[1]
+    step = max(1, min(columns, SCORE_BYTES // max(1, b * s * heads * page_size * 4)))  # columns at a time
+    steps = -(-columns // step)
+    table = jnp.pad(block_table, ((0, 0), (0, steps * step - columns)), constant_values=-1)  # [b, steps * step]
+    needed = lax.div(jnp.max(visible, initial=0) + (step * page_size - 1), jnp.int32(step * page_size))
+
+    def one(i: jax.Array, out: jax.Array) -> jax.Array:
+        pages = lax.dynamic_slice_in_dim(table, i * step, step, axis=1)  # [b, step]
+        exists = (pages >= 0) & (pages < cache.num_pages)  # [b, step]
+        keys, scales = _read_pages(cache, jnp.where(exists, pages, 0))  # [b, c, d], [b, c] or None; c = step * page_size
+        per_head = jnp.maximum(einsum("bshd,bcd->bshc", q, keys, dtype=jnp.float32), 0)  # [b, s, heads, c]
+        score = jnp.sum(per_head * weights[..., None], axis=2)  # [b, s, c]
+        if scales is not None:
+            score = score * scales[:, None, :]  # scales are positive: relu lets them through
+        score = jnp.where(jnp.repeat(exists, page_size, axis=1)[:, None, :], score, -jnp.inf)
+        return lax.dynamic_update_slice_in_dim(out, score, i * step * page_size, axis=2)
+
+    empty = jnp.full((b, s, steps * step * page_size), -jnp.inf, jnp.float32)
+    return lax.fori_loop(0, jnp.minimum(needed, steps), one, empty)[..., : columns * page_size]
+
+
+def _read_pages(cache: PagedKVCache, pages: Int32[Array, "b m"]) -> tuple[jax.Array, jax.Array | None]:
+    """Keys `[b, m * page_size, d]` as q's dtype holds them exactly, and their scales `[b, m * page_size]`."""
+    b, m = pages.shape
+    fmt, page_size = cache.format, cache.page_size
+    tokens = m * page_size
+    data = cache.data.at[pages].get(mode="promise_in_bounds")  # [b, m, *page]
+    if not fmt.is_quantized:
+        return data.reshape(b, tokens, fmt.d_qk), None
+    where = {role: fmt.locate(role) for role in ("nope", "scale")}
+    out = {}
+    for role, (record, _, field) in where.items():
+        first = fmt.area_offset_bytes(record, page_size)
+        area = data[..., first : first + page_size * field.num_bytes]  # [b, m, bytes]
+        area = area.reshape(b, tokens, field.count, field.dtype.itemsize)
+        if field.dtype.itemsize == 1:
+            area = area[..., 0]
+        out[role] = lax.bitcast_convert_type(area, field.dtype)  # [b, tokens, count]
+    return out["nope"].astype(fmt.compute_dtype), out["scale"][..., 0]
+
+
+def head_weights(x: Float[Array, "b s hidden"], projection: Float[Array, "heads hidden"], d: int) -> jax.Array:
+    """Weight of every head's scores, float32 `[b, s, heads]`: projected, times heads^-0.5 (mean) and d^-0.5 (softmax)."""
+    return project(x, projection, dtype=jnp.float32) * (projection.shape[0] * d) ** -0.5
