@@ -32,8 +32,14 @@ from pallas_kernels.formats import (
 )
 
 CacheKind = Literal["fp8", "bf16", "f32"]
-"""How K and V are cached: "fp8" is what serving uses, "bf16" and "f32" keep them unquantised. "f32" also computes
-in float32 throughout (weights, activations, attention), which is the path that golden tests hold to."""
+"""How K and V are cached: "fp8" is what serving uses, "bf16" and "f32" keep them unquantised. Attention itself computes
+in bfloat16 over "fp8" and "bf16" caches, in float32 over "f32" ones."""
+
+IndexCacheKind = Literal["fp8", "f32"]
+"""How the indexer's keys are cached."""
+
+Precision = Literal["bf16", "f32"]
+"""dtype of weights and activations."""
 
 
 def _check_positive(config: object, *names: str) -> None:
@@ -47,6 +53,12 @@ def _check_choice(config: object, name: str, accepted: Sequence[object]) -> None
     value = getattr(config, name)
     if value not in accepted:
         raise ValueError(f"{type(config).__name__}: {name}={value!r}; accepted: {', '.join(map(repr, accepted))}")
+
+
+def _check_storage(config: object) -> None:
+    _check_choice(config, "cache", get_args(CacheKind))
+    _check_choice(config, "index_cache", (None, *get_args(IndexCacheKind)))
+    _check_choice(config, "precision", (None, *get_args(Precision)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +116,8 @@ class V32Config:
       rope: `rope.dim` is the per-head width of the rotated part.
       norm_eps: epsilon of every RMSNorm and LayerNorm.
       num_layers: layers that share the pools of a cache.
-      cache: see `CacheKind`.
+      cache, index_cache, precision: see `CacheKind`, `IndexCacheKind`, `Precision`. The latter two follow `cache` by
+        default: "f32" for an "f32" cache, else "fp8" and "bf16".
       scale_rule: how the fp8 cache's scales are chosen, see `mla_jax.pack_kv`.
       implementation: handed to the decode ops, see `mla_jax.sparse_mla_decode`.
     """
@@ -122,6 +135,8 @@ class V32Config:
     norm_eps: float = 1e-6
     num_layers: int = 1
     cache: CacheKind = "fp8"
+    index_cache: IndexCacheKind | None = None
+    precision: Precision | None = None
     scale_rule: str = "pow2"
     implementation: str | tuple[str, ...] | None = None
 
@@ -130,7 +145,7 @@ class V32Config:
             self,
             *("hidden_size", "num_heads", "q_lora_rank", "kv_lora_rank", "qk_nope_dim", "v_head_dim", "num_layers"),
         )
-        _check_choice(self, "cache", get_args(CacheKind))
+        _check_storage(self)
         if self.index_topk:
             _check_positive(self, "index_heads", "index_topk")
             _check_choice(self, "index_dim", (INDEX_FP8.d_qk,))
@@ -176,7 +191,7 @@ class V32Config:
     @property
     def dtype(self) -> np.dtype:
         """dtype of weights and activations."""
-        return F32 if self.cache == "f32" else BF16
+        return {"bf16": BF16, "f32": F32}[self.precision or ("f32" if self.cache == "f32" else "bf16")]
 
     @property
     def kv_format(self) -> KVFormat:
@@ -184,7 +199,7 @@ class V32Config:
 
     @property
     def index_format(self) -> KVFormat:
-        return INDEX_F32 if self.cache == "f32" else INDEX_FP8
+        return {"fp8": INDEX_FP8, "f32": INDEX_F32}[self.index_cache or ("f32" if self.cache == "f32" else "fp8")]
 
     @property
     def sm_scale(self) -> float:
@@ -244,7 +259,7 @@ class Model1Config:
       rollback_tokens: most tokens that a decode step may take back (rejected drafts).
       index_heads, index_dim, index_topk: the indexer of ratio-4 layers.
       rope, compressed_rope: frequencies of layers of ratio 0, and of every branch of compressed layers.
-      norm_eps, cache, scale_rule, implementation: as in `V32Config`.
+      norm_eps, cache, index_cache, precision, scale_rule, implementation: as in `V32Config`.
     """
 
     hidden_size: int
@@ -263,6 +278,8 @@ class Model1Config:
     compressed_rope: RopeConfig = RopeConfig(theta=160_000.0, factor=16.0, original_positions=65_536)
     norm_eps: float = 1e-6
     cache: CacheKind = "fp8"
+    index_cache: IndexCacheKind | None = None
+    precision: Precision | None = None
     scale_rule: str = "pow2"
     implementation: str | tuple[str, ...] | None = None
 
@@ -272,7 +289,7 @@ class Model1Config:
             *("hidden_size", "num_heads", "q_lora_rank", "o_groups", "o_lora_rank", "window", "page_tokens"),
             *("index_heads", "index_topk"),
         )
-        _check_choice(self, "cache", get_args(CacheKind))
+        _check_storage(self)
         _check_choice(self, "index_dim", (INDEX_FP8.d_qk,))
         if not self.ratios or any(ratio not in (0, 4, 128) for ratio in self.ratios):
             raise ValueError(f"Model1Config: ratios={self.ratios}; accepted: one of 0, 4, 128 for each layer")
@@ -295,7 +312,7 @@ class Model1Config:
             *(4096, 64, 1024),
             o_groups=8,
             o_lora_rank=1024,
-            ratios=(0, 0) + tuple(128 if i % 2 else 4 for i in range(41)),
+            ratios=(0, 0, *(128 if i % 2 else 4 for i in range(41))),
         )
         return dataclasses.replace(config, **changes)
 
@@ -306,7 +323,7 @@ class Model1Config:
             *(7168, 128, 1536),
             o_groups=16,
             o_lora_rank=1024,
-            ratios=(128, 128) + tuple(128 if i % 2 else 4 for i in range(59)),
+            ratios=(128, 128, *(128 if i % 2 else 4 for i in range(59))),
             index_topk=1024,
         )
         return dataclasses.replace(config, **changes)
@@ -333,7 +350,7 @@ class Model1Config:
     @property
     def dtype(self) -> np.dtype:
         """dtype of weights and activations."""
-        return F32 if self.cache == "f32" else BF16
+        return {"bf16": BF16, "f32": F32}[self.precision or ("f32" if self.cache == "f32" else "bf16")]
 
     @property
     def kv_format(self) -> KVFormat:
@@ -341,7 +358,7 @@ class Model1Config:
 
     @property
     def index_format(self) -> KVFormat:
-        return INDEX_F32 if self.cache == "f32" else INDEX_FP8
+        return {"fp8": INDEX_FP8, "f32": INDEX_F32}[self.index_cache or ("f32" if self.cache == "f32" else "fp8")]
 
     @property
     def sm_scale(self) -> float:

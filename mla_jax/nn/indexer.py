@@ -61,12 +61,13 @@ def scores(
     caller masks them (`topk.select_topk`).
 
     Args:
-      q: queries after RoPE and Hadamard, bfloat16 (float32 for an `INDEX_F32` cache).
+      q: queries after RoPE and Hadamard, rounded to bfloat16 unless the cache is `INDEX_F32`.
       weights: the heads' weights, every constant factor included.
       cache: index keys.
       block_table: pages of each request; entries out of range are no pages.
       visible: how many positions each query may see.
     """
+    q = q.astype(cache.format.compute_dtype)
     b, s, heads, _ = q.shape
     page_size, columns = cache.page_size, block_table.shape[1]
     step = max(1, min(columns, SCORE_BYTES // max(1, b * s * heads * page_size * 4)))  # columns at a time
@@ -77,7 +78,7 @@ def scores(
     def one(i: jax.Array, out: jax.Array) -> jax.Array:
         pages = lax.dynamic_slice_in_dim(table, i * step, step, axis=1)  # [b, step]
         exists = (pages >= 0) & (pages < cache.num_pages)  # [b, step]
-        keys, scales = _read_pages(cache, jnp.where(exists, pages, 0))  # [b, c, d], [b, c] or None; c = step * page_size
+        keys, scales = _read_pages(cache, jnp.where(exists, pages, 0))  # [b, c, d] and [b, c], c = step * page_size
         per_head = jnp.maximum(einsum("bshd,bcd->bshc", q, keys, dtype=jnp.float32), 0)  # [b, s, heads, c]
         score = jnp.sum(per_head * weights[..., None], axis=2)  # [b, s, c]
         if scales is not None:
@@ -110,5 +111,5 @@ def _read_pages(cache: PagedKVCache, pages: Int32[Array, "b m"]) -> tuple[jax.Ar
 
 
 def head_weights(x: Float[Array, "b s hidden"], projection: Float[Array, "heads hidden"], d: int) -> jax.Array:
-    """Weight of every head's scores, float32 `[b, s, heads]`: projected, times heads^-0.5 (mean) and d^-0.5 (softmax)."""
+    """Weight of every head's scores, float32 `[b, s, heads]`: the projection times heads^-0.5 d^-0.5."""
     return project(x, projection, dtype=jnp.float32) * (projection.shape[0] * d) ** -0.5

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -13,7 +15,7 @@ def along_last(vector: jax.Array, ndim: int) -> jax.Array:
 
 
 def rms_norm(x: jax.Array, weight: jax.Array | None, eps: float) -> jax.Array:
-    """x / sqrt(mean(x^2) + eps) over the last axis, times weight `[d]` unless that is None. x `[..., d]` -> the same."""
+    """x / sqrt(mean(x^2) + eps) over the last axis, times weight `[d]` unless None. x `[..., d]` -> the same."""
     y = x.astype(jnp.float32)  # [..., d]
     y = y * lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)  # [..., d]
     if weight is not None:
@@ -34,8 +36,13 @@ def einsum(equation: str, a: jax.Array, b: jax.Array, *, dtype=None) -> jax.Arra
 
     float32 operands are multiplied as float32: without `HIGHEST` a GPU would round them to TF32 first.
     """
-    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-    out = jnp.einsum(equation, a, b, precision=precision, preferred_element_type=jnp.float32)
+    contract = functools.partial(jnp.einsum, equation, preferred_element_type=jnp.float32)
+    if a.dtype == jnp.float32:
+        out = contract(a, b, precision=lax.Precision.HIGHEST)
+    else:
+        # XLA's CPU backend lacks some bfloat16 contractions. Products of bfloat16 are exact in float32.
+        widened = lambda a, b: contract(a.astype(jnp.float32), b.astype(jnp.float32))  # noqa: E731
+        out = lax.platform_dependent(a, b, cpu=widened, default=contract)
     return out.astype(dtype or a.dtype)
 
 

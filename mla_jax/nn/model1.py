@@ -1,8 +1,8 @@
 """Attention of DeepSeek-V4 ("MODEL1" in FlashMLA) as pure functions on explicit pytrees.
 
 Every layer attends to a sliding window of plain rows. A compressed layer (ratio 4 or 128) also attends to one entry for
-every `ratio` tokens of the whole context: to all of them at ratio 128, to those that its indexer picks at ratio 4. K and V
-are the same row, rotated part included; the output's rotated part is therefore rotated back at the query's position.
+every `ratio` tokens of the whole context: to all of them at ratio 128, to those that its indexer picks at ratio 4. K and
+V are the same row, rotated part included; the output's rotated part is therefore rotated back at the query's position.
 
 Three tables say where a request lives, whatever the layer:
 
@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mla_jax import checks
-from mla_jax.cache import PagedKVCache, append_kv, slots_from_positions
+from mla_jax.cache import PagedKVCache, slots_from_positions
 from mla_jax.decode import sparse_mla_decode
 from mla_jax.nn import compressor, indexer, rope, steps, topk
 from mla_jax.nn.config import Model1Config, Model1Layer
@@ -172,7 +172,8 @@ def check_cache(config: Model1Config, cache: Model1Cache) -> None:
     for ratio in (4, 128):
         name, part, layers = f"cache.ratio{ratio}", cache.of(ratio), config.ratios.count(ratio)
         if (part is not None) != (layers > 0):
-            raise ValueError(f"{name} is {part!r}; accepted: {'a CompressedCache' if layers else 'None'}, by the config")
+            accepted = "a CompressedCache" if layers else "None"
+            raise ValueError(f"{name} is {part!r}; accepted: {accepted}, by the config")
         if part is None:
             continue
         if part.num_layers != layers:
@@ -183,7 +184,7 @@ def check_cache(config: Model1Config, cache: Model1Cache) -> None:
         shape = ("layers * rows", ring, 2, specs["compress_ape"].shape[1])
         checks.array(part.rings, f"{name}.rings", shape, jnp.float32)
         if part.rings.shape[0] % layers:
-            raise ValueError(f"{name}.rings has {part.rings.shape[0]} rows; accepted: a multiple of {layers}, the layers")
+            raise ValueError(f"{name}.rings has {part.rings.shape[0]} rows; accepted: a multiple of {layers} layers")
         if ratio == 4:
             steps.check_pool(
                 *(f"{name}.index", part.index, config.index_format, layers),
@@ -241,8 +242,8 @@ def prefill(
       chunk: attend from at most this many tokens at a time, which bounds memory and window; default all at once.
 
     Returns:
-      out `[b, s, hidden]` and the caches. out is 0 in padding, and NaN for tokens that have no place: their page or row is
-      not there, or they lie past the table. Those are not written.
+      out `[b, s, hidden]` and the caches. out is 0 in padding, and NaN for tokens that have no place: their page or
+      row is not there, or they lie past the table. Those are not written.
 
     Raises:
       ValueError: shapes, dtypes or caches that do not fit the config, or (outside jit) a token without a place.
@@ -293,8 +294,8 @@ def _check_call(config, params, cache, x, tables, layer, step_tokens: int, **per
     need = window_columns(config, cache.window.page_size, step_tokens)
     if tables.window.shape[1] < need:
         raise ValueError(
-            f"tables.window has {tables.window.shape[1]} columns of {cache.window.page_size} tokens; accepted: at least "
-            f"{need}, for a window of {config.window} and {step_tokens} tokens a step"
+            f"tables.window has {tables.window.shape[1]} columns of {cache.window.page_size} tokens; accepted: {need} "
+            f"or more, for a window of {config.window} and {step_tokens} tokens a step"
         )
     if layer.ratio:
         steps.check_table("tables.context", tables.context, x.shape[0])
@@ -335,7 +336,6 @@ def _attend(
     layer: Model1Layer,
     plan: SplitPlan | None,
 ) -> tuple[jax.Array, Model1Cache]:
-    b, s, _ = x.shape
     ratio, page_size = layer.ratio, cache.window.page_size
     cos, sin = rope.cos_sin(jnp.maximum(step.positions, 0), config.rope_of(ratio))  # [b, s, rope / 2] each
 
@@ -343,8 +343,7 @@ def _attend(
     q = query(params, config, q_latent, cos, sin)  # [b, s, h, d]
     table = layer_table(tables.window, layer.layer, cache.pages_per_layer)  # [b, columns]
     slots = _ring_slots(step.positions, table, page_size)  # [b, s]
-    rows = window_row(params, config, x, cos, sin)  # [b, s, d]
-    window = append_kv(cache.window, rows.reshape(b * s, -1), slots.reshape(-1), scale_rule=config.scale_rule)
+    window = steps.append_rows(cache.window, window_row(params, config, x, cos, sin), slots, config.scale_rule)
     back = jnp.arange(config.window, dtype=jnp.int32)[None, None]  # [1, 1, window]: newest first, none in between
     seen = _ring_slots(step.positions[..., None] - back, table, page_size)  # [b, s, window]
 
@@ -353,7 +352,7 @@ def _attend(
         part, extra, there = _compressed(params, config, part, x, q_latent, cos, sin, step, tables, layer)
         placed = placed & there  # [b, s]
     o = sparse_mla_decode(
-        q,
+        q.astype(config.kv_format.compute_dtype),
         window,
         seen,
         sm_scale=config.sm_scale,
@@ -363,7 +362,7 @@ def _attend(
         implementation=config.implementation,
         **extra,
     )  # [b, s, h, d]
-    out = steps.mark(output(params, config, o, cos, sin), step, placed)  # [b, s, hidden]
+    out = steps.mark(output(params, config, o.astype(config.dtype), cos, sin), step, placed)  # [b, s, hidden]
     ratio4 = part if ratio == 4 else cache.ratio4
     ratio128 = part if ratio == 128 else cache.ratio128
     return out, Model1Cache(window, ratio4, ratio128, cache.num_layers)
@@ -399,8 +398,7 @@ def _compressed(
     def append(prefix: str, pool: PagedKVCache, rings: jax.Array, transform, scale_rule: str):
         entry, number, rings = _new_entries(params, config, prefix, x, rings, row, step, ratio)  # [b, w, d], [b, w]
         slots = slots_from_positions(number, table, page_size)  # [b, w]
-        rows = transform(entry).reshape(-1, entry.shape[-1])  # [b * w, d]
-        return append_kv(pool, rows, slots.reshape(-1), scale_rule=scale_rule), rings
+        return steps.append_rows(pool, transform(entry), slots, scale_rule), rings
 
     entries, rings = append("compress", part.entries, part.rings, lambda e: e, config.scale_rule)
     index, index_rings = part.index, part.index_rings
@@ -460,7 +458,7 @@ def choose(
     table: jax.Array,  # [b, columns], this layer's
     visible: jax.Array,  # [b, s]
 ) -> jax.Array:
-    """Numbers of the entries that each query attends to: int32 `[b, s, k]`, unordered, -1 for none (those come last)."""
+    """Numbers of the entries that each query attends to: int32 `[b, s, k]`, unordered, -1 (none) last."""
     b, s, _ = x.shape
     q = project(q_latent, params["index_wq_b"]).reshape(b, s, config.index_heads, -1)  # [b, s, heads, index_dim]
     q = indexer.hadamard(rope.rotate_tail(q, cos[:, :, None], sin[:, :, None]))  # [b, s, heads, index_dim]

@@ -1,8 +1,8 @@
 """Block tables: the traced side, and a host-side allocator with errors that come before anything changes.
 
-Inside jit a length is data and cannot raise. A token that has no place (its position lies past the table, or its page is
-not there) is therefore not written, and the module's output for it is NaN rather than a plausible wrong one. To get an
-error instead, plan the step on the host: `PagePool.grow` raises while caches and tables are still untouched.
+Inside jit a length is data and cannot raise. A token that has no place (its position lies past the table, or its page
+is not there) is therefore not written, and the module's output for it is NaN rather than a plausible wrong one. To get
+an error instead, plan the step on the host: `PagePool.grow` raises while caches and tables are still untouched.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ import numpy as np
 from jax import lax
 
 from mla_jax import checks
-from mla_jax.cache import PagedKVCache
+from mla_jax.cache import PagedKVCache, append_kv
 from mla_jax.nn.paging import is_concrete
 
 if TYPE_CHECKING:
@@ -90,6 +90,12 @@ def mark(out: jax.Array, step: Step, placed: jax.Array) -> jax.Array:
     there = step.positions >= 0  # [b, s]
     out = jnp.where(placed[..., None], out, jnp.asarray(jnp.nan, out.dtype))
     return jnp.where(there[..., None], out, jnp.asarray(0, out.dtype))
+
+
+def append_rows(pool: PagedKVCache, rows: jax.Array, slots: jax.Array, scale_rule: str) -> PagedKVCache:
+    """`append_kv` of rows `[b, n, d]` to slots `[b, n]`, whatever the rows' dtype."""
+    flat = rows.reshape(-1, rows.shape[-1]).astype(pool.format.compute_dtype)  # [b * n, d]
+    return append_kv(pool, flat, slots.reshape(-1), scale_rule=scale_rule)
 
 
 # -- checks ------------------------------------------------------------------------------------------------------------

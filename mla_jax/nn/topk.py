@@ -5,8 +5,8 @@ the set alone, so `select_topk` finds the k-th largest value instead and then co
 methods give the same set where scores are distinct (ties: `select_topk`); they differ in speed:
 
 * "sort":    `lax.top_k` over the row.
-* "chunked": `lax.top_k` over pieces of the row, then over the pieces' winners. Exact, since a winner of the row wins its
-             piece.
+* "chunked": `lax.top_k` over pieces of the row, then over the pieces' winners. Exact, since a winner of the row wins
+             its piece.
 * "radix":   k-th largest key by radix search, 4 bits at a time: eight passes that only count.
 """
 

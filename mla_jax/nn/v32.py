@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import jax
 import jax.numpy as jnp
 
-from mla_jax.cache import PagedKVCache, append_kv, slots_from_positions
+from mla_jax.cache import PagedKVCache, slots_from_positions
 from mla_jax.decode import mla_decode, sparse_mla_decode
 from mla_jax.nn import indexer, rope, steps, topk
 from mla_jax.nn.config import V32Config
@@ -81,7 +81,11 @@ def check_cache(config: V32Config, cache: V32Cache) -> None:
 
 
 def plan(
-    config: V32Config, cache: V32Cache, block_table: Int32[Array, "b columns"], cache_seqlens: Int32[Array, "b"], s_q: int
+    config: V32Config,
+    cache: V32Cache,
+    block_table: Int32[Array, "b columns"],
+    cache_seqlens: Int32[Array, "b"],
+    s_q: int,
 ) -> SplitPlan:
     """The split plan of one decode step, for all layers: make it once a step and hand it to every `decode`."""
     if not config.is_sparse:
@@ -134,7 +138,9 @@ def prefill(
     steps.check_call(config, params, config.param_specs(), x, block_table, lengths=lengths, start=begin)
     check_cache(config, cache)
     attend = functools.partial(_attend, params, config, block_table=block_table, layer=layer, plan=None)
-    steps.check_places("block_table", block_table, cache.kv.page_size, cache.pages_per_layer, begin, lengths, x.shape[1])
+    steps.check_places(
+        "block_table", block_table, cache.kv.page_size, cache.pages_per_layer, begin, lengths, x.shape[1]
+    )
     return steps.in_chunks(attend, cache, x, begin, lengths, chunk)
 
 
@@ -152,8 +158,8 @@ def decode(
     """One decode step of s_q tokens a request (more than one: multi-token prediction).
 
     Args:
-      cache_seqlens: tokens of each request, the s_q new ones included; 0 for a padded row. To take rejected tokens back,
-        pass the smaller length the next time.
+      cache_seqlens: tokens of each request, the s_q new ones included; 0 for a padded row. To take rejected tokens
+        back, pass the smaller length the next time.
       plan: what `plan` returned for these lengths; default: every layer makes its own.
       For the others, and for what comes back, see `prefill`.
     """
@@ -181,28 +187,19 @@ def _attend(
     layer: int | jax.Array,
     plan: SplitPlan | None,
 ) -> tuple[jax.Array, V32Cache]:
-    b, s, _ = x.shape
+    s = x.shape[1]
     table = layer_table(block_table, layer, cache.pages_per_layer)  # [b, columns]
     slots = slots_from_positions(step.positions, table, cache.kv.page_size)  # [b, s]
     cos, sin = rope.cos_sin(jnp.maximum(step.positions, 0), config.rope)  # [b, s, rope / 2] each
 
     q_latent = rms_norm(project(x, params["wq_a"]), params["q_norm"], config.norm_eps)  # [b, s, q_lora]
     q = absorbed_query(params, config, q_latent, cos, sin)  # [b, s, h, d_qk]
-    kv = append_kv(
-        cache.kv,
-        latent_row(params, config, x, cos, sin).reshape(b * s, -1),
-        slots.reshape(-1),
-        scale_rule=config.scale_rule,
-    )
+    q = q.astype(config.kv_format.compute_dtype)
+    kv = steps.append_rows(cache.kv, latent_row(params, config, x, cos, sin), slots, config.scale_rule)
     options = dict(sm_scale=config.sm_scale, plan=plan, implementation=config.implementation)
     index = None
     if config.is_sparse:
-        index = append_kv(
-            cache.index,
-            index_key(params, config, x, cos, sin).reshape(b * s, -1),
-            slots.reshape(-1),
-            scale_rule=indexer.SCALE_RULE,
-        )
+        index = steps.append_rows(cache.index, index_key(params, config, x, cos, sin), slots, indexer.SCALE_RULE)
         chosen = choose(params, config, index, x, q_latent, cos, sin, table, step.visible)  # [b, s, k] positions
         o = sparse_mla_decode(
             q,
@@ -217,7 +214,7 @@ def _attend(
         table = jnp.pad(table, ((0, 0), (0, spare)), constant_values=-1)  # [b, columns + spare]
         seqlens = jnp.where(step.count > 0, step.start + s, 0)  # [b]
         o = mla_decode(q, kv, table, seqlens, is_causal=True, **options)  # [b, s, h, latent]
-    out = output(params, o)  # [b, s, hidden]
+    out = output(params, o.astype(config.dtype))  # [b, s, hidden]
     out = steps.mark(out, step, slots >= 0)  # [b, s, hidden]
     return out, V32Cache(kv, index, cache.num_layers)
 
@@ -226,7 +223,7 @@ def _attend(
 
 
 def absorbed_query(params: Params, config: V32Config, q_latent: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Query rows as the latent cache is read: q_latent `[b, s, q_lora]` -> `[b, s, h, d_qk]`, [q_nope W_UK | rotated]."""
+    """Query rows as the cache is read: q_latent `[b, s, q_lora]` -> `[b, s, h, d_qk]`, [q_nope W_UK | rotated]."""
     b, s, _ = q_latent.shape
     q = project(q_latent, params["wq_b"]).reshape(b, s, config.num_heads, -1)  # [b, s, h, nope + rope]
     q_nope, q_pe = q[..., : config.qk_nope_dim], q[..., config.qk_nope_dim :]
@@ -244,7 +241,7 @@ def latent_row(params: Params, config: V32Config, x: jax.Array, cos: jax.Array, 
 
 
 def index_key(params: Params, config: V32Config, x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """The indexer's key of each token: x `[b, s, hidden]` -> `[b, s, index_dim]`. RoPE is half-split, on the first dims."""
+    """The indexer's key of each token: x `[b, s, hidden]` -> `[b, s, index_dim]`. RoPE: half-split, on the first dims."""
     key = project(x, params["index_wk"])  # [b, s, index_dim]
     key = layer_norm(key, params["index_k_norm_weight"], params["index_k_norm_bias"], config.norm_eps)
     return indexer.hadamard(rope.rotate_head(key, cos, sin))
