@@ -7,6 +7,8 @@ whole pages, appending single tokens and gathering rows share one code.
 Scale rules (the writers of the field disagree; a reader must accept any scale):
   pow2  the smallest power of two that keeps a tile within the e4m3 range, at least that of an amax/448 of 1e-4:
         2^ceil(log2(max(amax / 448, 1e-4))), FlashMLA's rule. Exact: it is read off the bits of amax.
+  pow2_low  the same with the lower bound on amax instead: 2^ceil(log2(max(amax, 1e-4) / 448)) (DeepSeek's indexer, and
+        vLLM's rule for MODEL1).
   amax  amax / 448 itself, at least the smallest normal float32 (vLLM's rule for V32). Needs a float32 scale.
 """
 
@@ -25,12 +27,12 @@ from pallas_kernels.formats import E8M0, F32, KVFormat
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Float32, Shaped
 
-ScaleRule = Literal["pow2", "amax"]
-SCALE_RULES: tuple[ScaleRule, ...] = ("pow2", "amax")
+ScaleRule = Literal["pow2", "amax", "pow2_low"]
+SCALE_RULES: tuple[ScaleRule, ...] = ("pow2", "amax", "pow2_low")
 
 _MANTISSA_BITS = 23  # of float32
 _EXPONENT_BIAS = 127
-_SMALLEST_RATIO = 1e-4  # lower bound of amax / largest value under the pow2 rule
+_SMALLEST = 1e-4  # lower bound of amax / largest value under pow2, of amax under pow2_low
 
 
 def check_scale_rule(scale_rule: str, fmt: KVFormat) -> None:
@@ -52,7 +54,9 @@ def _float_bits(x: float) -> int:
     return int(np.float32(x).view(np.int32))
 
 
-def pow2_exponents(amax: Float32[Array, "*tiles"], largest: float) -> jax.Array:
+def pow2_exponents(
+    amax: Float32[Array, "*tiles"], largest: float, smallest_ratio: float = _SMALLEST
+) -> jax.Array:
     """Biased float32 exponents of the pow2 scales: int32 e, scale 2^(e - 127).
 
     ceil(log2(amax / largest)) without a logarithm or a division, neither of which XLA computes exactly: with
@@ -63,7 +67,7 @@ def pow2_exponents(amax: Float32[Array, "*tiles"], largest: float) -> jax.Array:
     bits = lax.bitcast_convert_type(amax, jnp.int32)  # [*tiles], amax >= 0
     exponent = lax.shift_right_logical(bits, jnp.int32(_MANTISSA_BITS)) - (top_exponent - _EXPONENT_BIAS)
     exponent = exponent + ((bits & mantissa_mask) > top_mantissa).astype(jnp.int32)
-    smallest = int(np.ceil(np.log2(_SMALLEST_RATIO))) + _EXPONENT_BIAS
+    smallest = int(np.ceil(np.log2(smallest_ratio))) + _EXPONENT_BIAS
     return jnp.maximum(exponent, smallest)
 
 
@@ -78,8 +82,8 @@ def _quantize(nope: Float[Array, "*n d"], fmt: KVFormat, scale_rule: ScaleRule) 
     largest = float(ml_dtypes.finfo(value.dtype).max)
     x = nope.astype(jnp.float32).reshape(*nope.shape[:-1], fmt.num_scales, fmt.scale_tile)  # [*n, tiles, tile]
     amax = jnp.max(jnp.abs(x), axis=-1)  # [*n, tiles]
-    if scale_rule == "pow2":
-        exponent = pow2_exponents(amax, largest)  # [*n, tiles]
+    if scale_rule != "amax":
+        exponent = pow2_exponents(amax, largest, _SMALLEST if scale_rule == "pow2" else _SMALLEST / largest)  # [*n, tiles]
         y = x * _power_of_two(2 * _EXPONENT_BIAS - exponent)[..., None]  # exact: a power of two
         scales = exponent.astype(jnp.uint8) if scale.dtype == E8M0 else _power_of_two(exponent)
         if scale.dtype == E8M0:

@@ -17,6 +17,7 @@ from typing import Literal, get_args
 import jax
 import numpy as np
 
+from mla_jax.quantize import ScaleRule, check_scale_rule
 from pallas_kernels.formats import (
     BF16,
     BF16_512,
@@ -55,10 +56,11 @@ def _check_choice(config: object, name: str, accepted: Sequence[object]) -> None
         raise ValueError(f"{type(config).__name__}: {name}={value!r}; accepted: {', '.join(map(repr, accepted))}")
 
 
-def _check_storage(config: object) -> None:
+def _check_storage(config: V32Config | Model1Config) -> None:
     _check_choice(config, "cache", get_args(CacheKind))
     _check_choice(config, "index_cache", (None, *get_args(IndexCacheKind)))
     _check_choice(config, "precision", (None, *get_args(Precision)))
+    check_scale_rule(config.scale_rule, config.kv_format)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,7 +139,7 @@ class V32Config:
     cache: CacheKind = "fp8"
     index_cache: IndexCacheKind | None = None
     precision: Precision | None = None
-    scale_rule: str = "pow2"
+    scale_rule: ScaleRule = "pow2"
     implementation: str | tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
@@ -280,7 +282,7 @@ class Model1Config:
     cache: CacheKind = "fp8"
     index_cache: IndexCacheKind | None = None
     precision: Precision | None = None
-    scale_rule: str = "pow2"
+    scale_rule: ScaleRule = "pow2"
     implementation: str | tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:

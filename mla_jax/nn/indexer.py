@@ -19,11 +19,12 @@ from jax import lax
 
 from mla_jax.cache import PagedKVCache
 from mla_jax.nn.layers import einsum, project
+from mla_jax.quantize import ScaleRule
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Float32, Int32
 
-SCALE_RULE = "pow2_low"  # how index keys are quantised, see mla_jax.quantize
+SCALE_RULE: ScaleRule = "pow2_low"  # how index keys are quantised, see mla_jax.quantize
 
 SCORE_BYTES = 32 * 2**20
 """Upper bound for the per-head scores that exist at a time; about what stays in a GPU's L2 cache."""

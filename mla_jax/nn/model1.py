@@ -1,7 +1,7 @@
 """Attention of DeepSeek-V4 ("MODEL1" in FlashMLA) as pure functions on explicit pytrees.
 
-Every layer attends to a sliding window of plain rows. A compressed layer (ratio 4 or 128) also attends to one entry for
-every `ratio` tokens of the whole context: to all of them at ratio 128, to those that its indexer picks at ratio 4. K and
+Every layer attends to a sliding window of plain rows. A compressed layer (ratio 4 or 128) also attends to one entry
+for every `ratio` tokens of the whole context: to all of them at ratio 128, to those its indexer picks at ratio 4. K and
 V are the same row, rotated part included; the output's rotated part is therefore rotated back at the query's position.
 
 Three tables say where a request lives, whatever the layer:
@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +30,7 @@ from mla_jax.nn.config import Model1Config, Model1Layer
 from mla_jax.nn.layers import einsum, project, rms_norm
 from mla_jax.nn.paging import layer_table
 from mla_jax.nn.steps import Step
+from mla_jax.quantize import ScaleRule
 from pallas_kernels.schedule import SplitPlan, plan_sparse_decode
 
 if TYPE_CHECKING:
@@ -181,7 +182,7 @@ def check_cache(config: Model1Config, cache: Model1Cache) -> None:
         page_size = config.page_tokens // ratio
         steps.check_pool(f"{name}.entries", part.entries, config.kv_format, layers, page_size=page_size)
         specs, ring = config.param_specs(ratio), compressor.ring_tokens(ratio, config.rollback_tokens)
-        shape = ("layers * rows", ring, 2, specs["compress_ape"].shape[1])
+        shape: tuple[int | str, ...] = ("layers * rows", ring, 2, specs["compress_ape"].shape[1])
         checks.array(part.rings, f"{name}.rings", shape, jnp.float32)
         if part.rings.shape[0] % layers:
             raise ValueError(f"{name}.rings has {part.rings.shape[0]} rows; accepted: a multiple of {layers} layers")
@@ -347,7 +348,8 @@ def _attend(
     back = jnp.arange(config.window, dtype=jnp.int32)[None, None]  # [1, 1, window]: newest first, none in between
     seen = _ring_slots(step.positions[..., None] - back, table, page_size)  # [b, s, window]
 
-    part, extra, placed = cache.of(ratio), {}, slots >= 0
+    part, placed = cache.of(ratio), slots >= 0
+    extra: dict[str, Any] = {}
     if part is not None:
         part, extra, there = _compressed(params, config, part, x, q_latent, cos, sin, step, tables, layer)
         placed = placed & there  # [b, s]
@@ -386,7 +388,7 @@ def _compressed(
     step: Step,
     tables: Model1Tables,
     layer: Model1Layer,
-) -> tuple[CompressedCache, dict[str, object], jax.Array]:
+) -> tuple[CompressedCache, dict[str, Any], jax.Array]:
     """Appends the entries that this step completes; returns the caches, the op's extra scope, and which tokens of the
     step found a place `[b, s]`."""
     ratio, page_size = layer.ratio, part.entries.page_size
@@ -395,14 +397,14 @@ def _compressed(
     row = jnp.where(exists, tables.row + layer.rank * part.rows_per_layer, -1)  # [b]
     visible = step.visible // ratio  # [b, s]: entries that each query sees
 
-    def append(prefix: str, pool: PagedKVCache, rings: jax.Array, transform, scale_rule: str):
+    def append(prefix: str, pool: PagedKVCache, rings: jax.Array, transform, scale_rule: ScaleRule):
         entry, number, rings = _new_entries(params, config, prefix, x, rings, row, step, ratio)  # [b, w, d], [b, w]
         slots = slots_from_positions(number, table, page_size)  # [b, w]
         return steps.append_rows(pool, transform(entry), slots, scale_rule), rings
 
     entries, rings = append("compress", part.entries, part.rings, lambda e: e, config.scale_rule)
     index, index_rings = part.index, part.index_rings
-    if ratio == 4:
+    if index is not None and index_rings is not None:
         index, index_rings = append("index_compress", index, index_rings, indexer.hadamard, indexer.SCALE_RULE)
         chosen = choose(params, config, index, x, q_latent, cos, sin, table, visible)  # [b, s, k]
     else:

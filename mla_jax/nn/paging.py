@@ -78,7 +78,7 @@ class PagePool:
         short = int(np.maximum(wanted - held, 0).sum()) - len(self._free)
         if short > 0:
             raise ValueError(f"the pool is full: {short} more free pages are needed, {len(self._free)} are left")
-        for row in np.flatnonzero(wanted > held):
+        for row in np.flatnonzero(wanted > held).tolist():
             for column in range(held[row], wanted[row]):
                 self.table[row, column] = self._free.pop()
         self.tokens = after.astype(np.int32)

@@ -15,6 +15,7 @@ from jax import lax
 from mla_jax import checks
 from mla_jax.cache import PagedKVCache, append_kv
 from mla_jax.nn.paging import is_concrete
+from mla_jax.quantize import ScaleRule
 
 if TYPE_CHECKING:
     from pallas_kernels.formats import KVFormat
@@ -85,6 +86,15 @@ def in_chunks(
     return out.swapaxes(0, 1).reshape(b, num * chunk, -1)[:, :s], cache  # [b, s, hidden]
 
 
+def roll(rows: jax.Array, by: jax.Array) -> jax.Array:
+    """rows `[b, s, ...]` moved along s by `by` int32 `[b, 1]`, request by request; what falls off comes back in."""
+    s = rows.shape[1]
+    if s == 1:
+        return rows
+    source = (jnp.arange(s, dtype=jnp.int32)[None] - by) % s  # [b, s]
+    return jnp.take_along_axis(rows, source.reshape(source.shape + (1,) * (rows.ndim - 2)), axis=1)
+
+
 def mark(out: jax.Array, step: Step, placed: jax.Array) -> jax.Array:
     """out `[b, s, hidden]` with 0 where there is no token, and NaN where a token found no place (`placed [b, s]`)."""
     there = step.positions >= 0  # [b, s]
@@ -92,7 +102,7 @@ def mark(out: jax.Array, step: Step, placed: jax.Array) -> jax.Array:
     return jnp.where(there[..., None], out, jnp.asarray(0, out.dtype))
 
 
-def append_rows(pool: PagedKVCache, rows: jax.Array, slots: jax.Array, scale_rule: str) -> PagedKVCache:
+def append_rows(pool: PagedKVCache, rows: jax.Array, slots: jax.Array, scale_rule: ScaleRule) -> PagedKVCache:
     """`append_kv` of rows `[b, n, d]` to slots `[b, n]`, whatever the rows' dtype."""
     flat = rows.reshape(-1, rows.shape[-1]).astype(pool.format.compute_dtype)  # [b * n, d]
     return append_kv(pool, flat, slots.reshape(-1), scale_rule=scale_rule)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -187,7 +187,6 @@ def _attend(
     layer: int | jax.Array,
     plan: SplitPlan | None,
 ) -> tuple[jax.Array, V32Cache]:
-    s = x.shape[1]
     table = layer_table(block_table, layer, cache.pages_per_layer)  # [b, columns]
     slots = slots_from_positions(step.positions, table, cache.kv.page_size)  # [b, s]
     cos, sin = rope.cos_sin(jnp.maximum(step.positions, 0), config.rope)  # [b, s, rope / 2] each
@@ -196,9 +195,9 @@ def _attend(
     q = absorbed_query(params, config, q_latent, cos, sin)  # [b, s, h, d_qk]
     q = q.astype(config.kv_format.compute_dtype)
     kv = steps.append_rows(cache.kv, latent_row(params, config, x, cos, sin), slots, config.scale_rule)
-    options = dict(sm_scale=config.sm_scale, plan=plan, implementation=config.implementation)
+    options: dict[str, Any] = dict(sm_scale=config.sm_scale, plan=plan, implementation=config.implementation)
     index = None
-    if config.is_sparse:
+    if cache.index is not None:
         index = steps.append_rows(cache.index, index_key(params, config, x, cos, sin), slots, indexer.SCALE_RULE)
         chosen = choose(params, config, index, x, q_latent, cos, sin, table, step.visible)  # [b, s, k] positions
         o = sparse_mla_decode(
@@ -209,11 +208,11 @@ def _attend(
             **options,
         )  # [b, s, h, latent]
     else:
-        # Rows are aligned to the end of `cache_seqlens`: count the padding too, on columns that hold no page.
-        spare = -(-s // cache.kv.page_size)
-        table = jnp.pad(table, ((0, 0), (0, spare)), constant_values=-1)  # [b, columns + spare]
-        seqlens = jnp.where(step.count > 0, step.start + s, 0)  # [b]
-        o = mla_decode(q, kv, table, seqlens, is_causal=True, **options)  # [b, s, h, latent]
+        # The op's rows end with the request's last key: a row's tokens move behind its padding, and back.
+        spare = (x.shape[1] - step.count)[:, None]  # [b, 1]
+        seqlens = jnp.where(step.count > 0, step.start + step.count, 0)  # [b]
+        o = mla_decode(steps.roll(q, spare), kv, table, seqlens, is_causal=True, **options)  # [b, s, h, latent]
+        o = steps.roll(o, -spare)  # [b, s, h, latent]
     out = output(params, o.astype(config.dtype))  # [b, s, hidden]
     out = steps.mark(out, step, slots >= 0)  # [b, s, hidden]
     return out, V32Cache(kv, index, cache.num_layers)
@@ -241,7 +240,7 @@ def latent_row(params: Params, config: V32Config, x: jax.Array, cos: jax.Array, 
 
 
 def index_key(params: Params, config: V32Config, x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """The indexer's key of each token: x `[b, s, hidden]` -> `[b, s, index_dim]`. RoPE: half-split, on the first dims."""
+    """The indexer's key of each token: x `[b, s, hidden]` -> `[b, s, index_dim]`. RoPE half-split, first dims."""
     key = project(x, params["index_wk"])  # [b, s, index_dim]
     key = layer_norm(key, params["index_k_norm_weight"], params["index_k_norm_bias"], config.norm_eps)
     return indexer.hadamard(rope.rotate_head(key, cos, sin))

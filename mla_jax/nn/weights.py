@@ -211,8 +211,7 @@ def _split(tensor: Tensor, array: np.ndarray, specs: Mapping[str, jax.ShapeDtype
     shapes = [specs[p].shape for p in tensor.params]
     if len(shapes[0]) == 3:
         array = array.reshape(shapes[0][0], -1, shapes[0][2])  # [heads, rows of a head, in]
-    ends = np.cumsum([s[1] for s in shapes[:-1]]) if len(shapes) > 1 else []
-    parts = np.split(array, ends, axis=1) if len(shapes) > 1 else [array]
+    parts = np.split(array, np.cumsum([s[1] for s in shapes[:-1]]), axis=1) if len(shapes) > 1 else [array]
     return {p: jnp.asarray(part).astype(specs[p].dtype) for p, part in zip(tensor.params, parts, strict=True)}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,20 @@ from mla_jax.nn import model1, v32
 from mla_jax.nn.config import V32Config
 
 PAGE = 16
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}  # compiler options
+
+
+@functools.cache
+def compiled(function, **options):
+    """The jitted `prefill` or `decode` of a module for one layer, the same object for all runners: compiled once per
+    shape. The layer's ratio is static, so it is bound here. Unoptimised: compiling is what takes the time in tests."""
+    names = inspect.signature(function).parameters
+    return jax.jit(
+        functools.partial(function, **options),
+        static_argnames=[name for name in ("config", "chunk") if name in names],
+        donate_argnames="cache",
+        compiler_options=QUICK,
+    )
 
 
 class Runner:
@@ -48,15 +63,8 @@ class Runner:
             )
             options = dict(layer=config.layers[layer])
         self.cache = jax.tree.map(_poison, self.cache)
-        # ratio is static, so the layer is bound here and not an argument
-        self._prefill = jax.jit(
-            functools.partial(self.module.prefill, **options),
-            static_argnames=("config", "chunk"),
-            donate_argnames="cache",
-        )
-        self._decode = jax.jit(
-            functools.partial(self.module.decode, **options), static_argnames="config", donate_argnames="cache"
-        )
+        self._prefill = compiled(self.module.prefill, **options)
+        self._decode = compiled(self.module.decode, **options)
 
     def prefill(self, x, lengths=None, start=None, **options):
         """x [b, s, hidden] numpy -> out numpy float32."""
