@@ -19,18 +19,19 @@ from jax import lax
 
 from mla_jax.cache import PagedKVCache, gather_rows
 from mla_jax.lse import sink_factor
+from pallas_kernels.formats import KVFormat
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Bool, Float, Float32, Int32
 
 GROUP_BYTES = 48 * 2**20
-CHUNK_TOKENS = 256
+CHUNK_TOKENS = 256  # at least, where there are as many
 
 # (keys [g, c, d_qk], valid [g, m, c]) of one chunk
 Fetch = Callable[[jax.Array], tuple[jax.Array, jax.Array]]
 
 
-def _product(equation: str, x: Float[Array, ...], keys: Float[Array, "g c d"]) -> Float32[Array, ...]:
+def _product(equation: str, x: Float[Array, "..."], keys: Float[Array, "g c d"]) -> Float32[Array, "..."]:
     """einsum with float32 accumulation."""
 
     def exact(x, keys):
@@ -92,8 +93,12 @@ def _varying_axes(*trees: Any) -> tuple[str, ...]:
     return tuple(sorted(axes))
 
 
-def _accumulate(state: _Running, q, sm_scale, length: Int32[Array, "g"], chunk: int, fetch: Fetch) -> _Running:
-    """Adds chunks 0, 1, ... of `chunk` keys until the longest of the group's items is done."""
+def _accumulate(
+    state: _Running, q, sm_scale, length: Int32[Array, "g"], longest: int, chunk: int, fetch: Fetch
+) -> _Running:
+    """Adds chunks 0, 1, ... of `chunk` keys until the longest of the group's items is done; none exceeds `longest`."""
+    if longest <= chunk:
+        return state.add(q, *fetch(jnp.int32(0)), sm_scale)
     num_chunks = lax.div(jnp.max(length, initial=0) + (chunk - 1), jnp.int32(chunk))
 
     def step(i, state):
@@ -103,16 +108,24 @@ def _accumulate(state: _Running, q, sm_scale, length: Int32[Array, "g"], chunk: 
     return lax.fori_loop(0, num_chunks, step, state)
 
 
-def _in_groups(fn, arrays, rows: int, d: int, itemsize: int):
-    """Maps `fn` over groups of items (axis 0 of every array) that fit `GROUP_BYTES`; items are padded with zeros."""
+def _tiling(items: int, rows: int, fmt: KVFormat, longest: int) -> tuple[int, int]:
+    """(items of a group, keys of a chunk): what fits `GROUP_BYTES`, batch before chunk length."""
+    key_bytes = rows * 2 * 4 + fmt.d_qk * (fmt.compute_dtype.itemsize + 4)  # scores, weights; the key, widened too
+    item_bytes = rows * 3 * fmt.d_qk * 4  # q, the accumulator and its update
+    chunk = CHUNK_TOKENS
+    groups = -(-items // max(1, GROUP_BYTES // (item_bytes + chunk * key_bytes)))
+    size = -(-items // groups)
+    while chunk < longest and size * (item_bytes + 2 * chunk * key_bytes) <= GROUP_BYTES:
+        chunk *= 2
+    return size, min(chunk, longest)
+
+
+def _in_groups(fn, arrays, size: int):
+    """Maps `fn` over groups of `size` items (axis 0 of every array); the last group is padded with zeros."""
     n = jax.tree.leaves(arrays)[0].shape[0]
-    # Scores and weights in float32, keys as stored and widened, q and the accumulator in float32.
-    per_item = rows * (2 * CHUNK_TOKENS + 3 * d) * 4 + CHUNK_TOKENS * d * (itemsize + 4)
-    groups = -(-n // max(1, GROUP_BYTES // per_item))
+    groups = -(-n // size)
     if groups == 1:
         return fn(arrays)
-    size = -(-n // groups)
-    groups = -(-n // size)
 
     def split(x):
         pad = [(0, groups * size - n)] + [(0, 0)] * (x.ndim - 1)
@@ -132,12 +145,13 @@ def dense(
     is_causal: bool,
 ) -> tuple[jax.Array, jax.Array]:
     """Dense decode: (out [b, s_q, h, d_v] in q's dtype, lse float32 [b, s_q, h])."""
-    b, s_q, h, d = q.shape
+    b, s_q, h, _ = q.shape
     axes = _varying_axes(q, cache, block_table, cache_seqlens, sm_scale)
     page_size = cache.page_size
     if block_table is None:
         block_table = jnp.arange(b, dtype=jnp.int32)[:, None]  # [b, 1]
     capacity = min(block_table.shape[1] * page_size, 2**31 - 1)
+    size, chunk = _tiling(b, s_q * h, cache.format, capacity)
     seqlens = jnp.clip(cache_seqlens, 0, capacity)
     row = jnp.arange(s_q, dtype=jnp.int32)
     reach = (s_q - 1 - row) if is_causal else jnp.zeros_like(row)  # [s_q]: how many keys short of the end row j stops
@@ -146,7 +160,7 @@ def dense(
         q, table, length = args  # [g, s_q, h, d], [g, max_pages], [g]
 
         def fetch(i):
-            position = i * CHUNK_TOKENS + jnp.arange(CHUNK_TOKENS, dtype=jnp.int32)  # [c]
+            position = i * chunk + jnp.arange(chunk, dtype=jnp.int32)  # [c]
             column = lax.div(position, jnp.int32(page_size))
             page = table.at[:, column].get(mode="fill", fill_value=-1)  # [g, c]
             known = (page >= 0) & (page < cache.num_pages) & (position[None] < length[:, None])
@@ -157,10 +171,10 @@ def dense(
             return gather_rows(cache, slot), valid
 
         state = _Running.empty(q.shape[0], s_q, h, cache.format.d_v, axes)
-        out, lse = _accumulate(state, q, sm_scale, length, CHUNK_TOKENS, fetch).finish()
+        out, lse = _accumulate(state, q, sm_scale, length, capacity, chunk, fetch).finish()
         return out.astype(q.dtype), lse
 
-    return _in_groups(group, (q, block_table, seqlens), s_q * h, d, cache.format.compute_dtype.itemsize)
+    return _in_groups(group, (q, block_table, seqlens), size)
 
 
 def sparse(
@@ -174,34 +188,36 @@ def sparse(
     axes = _varying_axes(q, scopes, sm_scale)
     items = b * s_q
     caches = [cache for cache, _, _ in scopes]
+    fmt = caches[0].format
+    size, chunk = _tiling(items, h, fmt, max(indices.shape[-1] for _, indices, _ in scopes))
 
     def flatten(indices, length):
         topk = indices.shape[-1]
-        pad = -topk % min(CHUNK_TOKENS, max(topk, 1))
+        pad = -topk % min(chunk, max(topk, 1))
         indices = jnp.pad(indices.reshape(items, topk), [(0, 0), (0, pad)], constant_values=-1)
         return indices, jnp.clip(length.reshape(items), 0, topk)
 
     def group(args):
         q, lists = args  # [g, 1, h, d], per scope ([g, padded topk], [g])
-        state = _Running.empty(q.shape[0], 1, h, caches[0].format.d_v, axes)
+        state = _Running.empty(q.shape[0], 1, h, fmt.d_v, axes)
         for cache, (indices, length) in zip(caches, lists, strict=True):
-            chunk = min(CHUNK_TOKENS, indices.shape[1])
-            if chunk == 0:
+            longest = indices.shape[1]
+            if longest == 0:
                 continue
+            width = min(chunk, longest)
 
-            def fetch(i, cache=cache, indices=indices, length=length, chunk=chunk):
-                slot = lax.dynamic_slice_in_dim(indices, i * chunk, chunk, axis=1)  # [g, c]
-                entry = i * chunk + jnp.arange(chunk, dtype=jnp.int32)
+            def fetch(i, cache=cache, indices=indices, length=length, width=width):
+                slot = lax.dynamic_slice_in_dim(indices, i * width, width, axis=1)  # [g, c]
+                entry = i * width + jnp.arange(width, dtype=jnp.int32)
                 valid = (slot >= 0) & (slot < min(cache.num_slots, 2**31 - 1)) & (entry[None] < length[:, None])
                 return gather_rows(cache, jnp.where(valid, slot, -1)), valid[:, None]
 
-            state = _accumulate(state, q, sm_scale, length, chunk, fetch)
+            state = _accumulate(state, q, sm_scale, length, longest, width, fetch)
         out, lse = state.finish()
         if attn_sink is not None:
             out = out * sink_factor(lse, attn_sink)[..., None]
         return out.astype(q.dtype), lse
 
     lists = tuple(flatten(indices, length) for _, indices, length in scopes)
-    itemsize = caches[0].format.compute_dtype.itemsize
-    out, lse = _in_groups(group, (q.reshape(items, 1, h, d), lists), h, d, itemsize)
+    out, lse = _in_groups(group, (q.reshape(items, 1, h, d), lists), size)
     return out.reshape(b, s_q, h, -1), lse.reshape(b, s_q, h)
