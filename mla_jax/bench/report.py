@@ -89,15 +89,16 @@ def loads(text: str) -> tuple[Run, list[Result]]:
     return run, results
 
 
-COLUMNS = ("case", "us", "peer us", "ratio", "TFLOP/s", "GB/s", "of DRAM", "of matmul")
+COLUMNS = ("case", "us", "kernels us", "peer us", "ratio", "TFLOP/s", "GB/s", "of DRAM", "of matmul")
 
 
 def rows(run: Run, results: Iterable[Result]) -> list[tuple[str, ...]]:
-    """One row of text per result, under `COLUMNS`. `ratio` is peer time over ours: above 1 we are faster."""
+    """One row of text per result, under `COLUMNS`. "kernels us" is the sum of the kernels' own times."""
     return [
         (
             r.workload,
             _number(r.us, 1) if r.error is None else "failed",
+            _number(r.busy_us, 1),
             _number(r.peer_us, 1),
             _number(r.ratio, 2),
             _number(r.tflop_s, 0),

@@ -43,8 +43,8 @@ def test_rates_and_shares():
 
 def test_rows():
     good, failed = report.rows(RUN, RESULTS)
-    assert good == ("dense-b128-sq1-h16-sk4096", "200.0", "210.0", "1.05", "91", "3040", "101 %", "12 %")
-    assert failed == ("dense-b1-sq1-h128-sk1024", "failed", *["-"] * 6)
+    assert good == ("dense-b128-sq1-h16-sk4096", "200.0", "199.0", "210.0", "1.05", "91", "3040", "101 %", "12 %")
+    assert failed == ("dense-b1-sq1-h128-sk1024", "failed", *["-"] * 7)
     assert all(len(row) == len(report.COLUMNS) for row in (good, failed))
 
 
@@ -55,7 +55,7 @@ def test_readme_section(tmp_path):
     (folder / "h100.jsonl").write_text(report.dumps(RUN, RESULTS))
     section = report.readme_section(tmp_path)
     assert "NVIDIA H100, jax 0.11.2; peer: p 1" in section and "3000 GB/s" in section
-    assert "| dense-b128-sq1-h16-sk4096 | 200.0 | 210.0 | 1.05 | 91 | 3040 | 101 % | 12 % |" in section
+    assert "| dense-b128-sq1-h16-sk4096 | 200.0 | 199.0 | 210.0 | 1.05 | 91 | 3040 | 101 % | 12 % |" in section
     assert "docs/results/h100.jsonl" in section
 
 
