@@ -69,7 +69,8 @@ class _Cupti:
     def __init__(self) -> None:
         self._lib = self._load()
         self.collected: list[Activity] = []
-        self._buffers: dict[int, ctypes.Array] = {}  # by address; kept alive while CUPTI writes into them
+        self._buffers: dict[int, ctypes.Array] = {}  # by address: lent to CUPTI, which writes into them
+        self._free = [_new_buffer(), _new_buffer()]  # made ahead: clearing one takes longer than many a kernel
         byte_p = ctypes.POINTER(ctypes.c_uint8)
         size_p = ctypes.POINTER(ctypes.c_size_t)
         # The callback objects are kept for good: CUPTI calls them from its own thread.
@@ -96,7 +97,7 @@ class _Cupti:
         raise CuptiError(f"{function}: {(message.value or b'unknown error').decode()} ({status}){hint}")
 
     def _request(self, buffer, size, max_records) -> None:
-        memory = (ctypes.c_uint64 * (_BUFFER_BYTES // 8))()  # CUPTI wants 8-byte alignment
+        memory = self._free.pop() if self._free else _new_buffer()
         address = ctypes.addressof(memory)
         self._buffers[address] = memory
         buffer[0], size[0], max_records[0] = address, _BUFFER_BYTES, 0
@@ -110,7 +111,11 @@ class _Cupti:
             if status == _MAX_LIMIT_REACHED or status != 0 or not record.value:
                 break
             self.collected.append(_read(record.value))
-        self._buffers.pop(ctypes.addressof(buffer.contents), None)
+        self._free.append(self._buffers.pop(ctypes.addressof(buffer.contents)))
+
+
+def _new_buffer() -> ctypes.Array:
+    return (ctypes.c_uint64 * (_BUFFER_BYTES // 8))()  # CUPTI wants 8-byte alignment
 
 
 def _read(address: int) -> Activity:

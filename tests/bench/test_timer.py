@@ -1,5 +1,6 @@
 """The chain computes what single calls compute; the timestamps' arithmetic; and no GPU, no numbers."""
 
+import contextlib
 import ctypes
 
 import jax
@@ -73,6 +74,8 @@ def test_kernels_of_a_call():
         timer.kernels_of_a_call(good[1:], 2)
     with pytest.raises(timer.TimingError, match="merged or dropped"):
         timer.kernels_of_a_call([], 2)
+    once = _ran(("constant", 0, 1), ("main", 1, 100), ("main", 100, 200))
+    assert timer.kernels_of_a_call(once, 2) == ("main",)
 
 
 @pytest.mark.parametrize(("second", "overlaps"), [(95, False), (50, True)])
@@ -83,6 +86,36 @@ def test_calls_that_overlap(second, overlaps):
         return
     with pytest.raises(timer.TimingError, match="main ran beside itself for 25% of its time"):
         timer.kernels_of_a_call(chain, 2)
+
+
+def test_isolated_calls(monkeypatch):
+    """Between calls the L2 is flushed; what that ran is not counted, the gaps within a call are."""
+    clock = iter(range(0, 10**9, 1000))
+    running: list[cupti.Activity] = []
+
+    @contextlib.contextmanager
+    def trace():
+        running.clear()
+        found: list[cupti.Activity] = []
+        yield found
+        found += running
+
+    def ran(name, us):
+        start = next(clock)
+        running.append(cupti.Activity(name, start, start + us * 1000 - 500, False))
+
+    monkeypatch.setattr(cupti, "trace", trace)
+    monkeypatch.setattr(jax, "block_until_ready", lambda _: ran("fill", 1))
+    monkeypatch.setattr(timer, "_FLUSH_BYTES", 4)
+
+    def one(i):
+        ran("main", 1)
+        ran("merge", 1)
+
+    sample = timer.isolated(one, 3)
+    assert sample == timer.Sample(us=1.5, busy_us=1.0, kernels=("main", "merge"), in_graph=False)
+    with pytest.raises(timer.TimingError, match="3 kernels ran in 3 isolated calls"):
+        timer.isolated(lambda i: None, 3)
 
 
 def test_plain_names():
