@@ -1,0 +1,137 @@
+"""What can be chosen about the SM90 sparse kernel, and what a cache row looks like to it."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+from pallas_kernels import formats, mgpu
+from pallas_kernels.formats import KVFormat
+
+TILE_HEADS = 64  # query heads of one CTA: the rows of a wgmma
+BLOCK_TOKENS = 64  # keys of one stage
+STAGES = 2  # dequantised blocks in shared memory
+CHUNK_BYTES = 16  # what one lane copies, reads and writes at a time
+COLUMN_TILE = 64  # bf16 columns of a 128-byte swizzled tile
+GROUP_ROWS = 8  # rows of a swizzled tile; a warp copies and dequantises such a group by itself
+COLUMN_TILE_BYTES = GROUP_ROWS * COLUMN_TILE * 2  # one swizzled tile
+
+
+@dataclasses.dataclass(frozen=True)
+class SparseConfig:
+    """Choices that change speed, never results.
+
+    Attributes:
+      copy: how raw rows of quantised caches travel to shared memory: "bulk" (one `cp.async.bulk` a row) or "cp_async"
+        (16 bytes a lane). Plain bf16 rows always take the latter, since they land swizzled.
+      prefetch: ask L2 for the rows of the next block while this block's are on their way.
+      softmax_registers, value_registers, gather_registers: registers a thread of the three warpgroups.
+    """
+
+    copy: Literal["bulk", "cp_async"] = "cp_async"
+    prefetch: bool = False
+    softmax_registers: int = 208
+    value_registers: int = 176
+    gather_registers: int = 120
+
+    def __post_init__(self) -> None:
+        if self.copy not in ("bulk", "cp_async"):
+            raise ValueError(f"copy must be 'bulk' or 'cp_async', got {self.copy!r}")
+        registers = (self.softmax_registers, self.value_registers, self.gather_registers)
+        if any(r % 8 or not 24 <= r <= 240 for r in registers) or sum(registers) > mgpu.MAX_REGISTERS:
+            raise ValueError(
+                f"registers of the three warpgroups must be multiples of 8 in [24, 240] whose sum is at most "
+                f"{mgpu.MAX_REGISTERS} (more hangs at setmaxnreg), got {registers}"
+            )
+
+
+def heuristic(fmt: KVFormat, num_heads: int) -> SparseConfig:
+    """The configuration measured best (docs/sparse-decode.md holds the table)."""
+    del fmt, num_heads
+    return SparseConfig()
+
+
+@dataclasses.dataclass(frozen=True)
+class Scope:
+    """One cache and its index array, as the kernel sees them. Everything is static.
+
+    Attributes:
+      fmt: byte map of a token.
+      page_size: tokens a page.
+      num_slots: tokens the cache holds; a slot outside `[0, num_slots)` is no key.
+      topk: columns of the index array.
+    """
+
+    fmt: KVFormat
+    page_size: int
+    num_slots: int
+    topk: int
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a token's first record: all of it, but for MODEL1's scales."""
+        return self.fmt.record_bytes[0]
+
+    @property
+    def page_bytes(self) -> int:
+        if not self.fmt.is_quantized:
+            return self.page_size * self.row_bytes
+        return self.fmt.page_bytes(self.page_size)
+
+    @property
+    def is_row_major(self) -> bool:
+        """Whether slot s lies at s * row_bytes, pages or not."""
+        return self.page_bytes == self.page_size * self.row_bytes
+
+    @property
+    def row_chunks(self) -> int:
+        return self.row_bytes // CHUNK_BYTES
+
+    @property
+    def staged_row_bytes(self) -> int:
+        """Distance of raw rows in shared memory: an odd number of chunks, so that the same chunk of 8 consecutive rows
+        lies in 8 different bank groups."""
+        return (self.row_chunks | 1) * CHUNK_BYTES
+
+    @property
+    def rope_offset_bytes(self) -> int:
+        return self.fmt.locate("rope")[1]
+
+    @property
+    def scale_record(self) -> int:
+        return self.fmt.locate("scale")[0]
+
+    @property
+    def scale_offset_bytes(self) -> int:
+        return self.fmt.locate("scale")[1]
+
+    @property
+    def scale_record_bytes(self) -> int:
+        return self.fmt.record_bytes[self.scale_record]
+
+    @property
+    def scale_area_bytes(self) -> int:
+        """Where the records that hold the scales begin inside a page."""
+        return self.fmt.area_offset_bytes(self.scale_record, self.page_size)
+
+
+def unsupported(fmt: KVFormat) -> str | None:
+    """Why the kernel cannot read a cache of this format; None if it can."""
+    if fmt.compute_dtype != formats.BF16:
+        return f"{fmt.name}: the kernel multiplies in bfloat16"
+    if fmt.d_nope % COLUMN_TILE or fmt.d_rope != COLUMN_TILE or fmt.d_v % (2 * COLUMN_TILE):
+        return f"{fmt.name}: the kernel needs latent widths in multiples of {COLUMN_TILE} and {COLUMN_TILE} rotary columns"
+    if not fmt.is_quantized:
+        return None
+    scope = Scope(fmt, 1, 1, 1)
+    nope, scale = fmt.locate("nope"), fmt.locate("scale")
+    in_row = scale[0] == 0 and fmt.num_scales * 4 == CHUNK_BYTES and scale[2].dtype == formats.F32
+    apart = scale[0] == 1 and scope.scale_record_bytes == 8 and scale[2].dtype == formats.E8M0
+    if nope[2].dtype != formats.E4M3 or nope[:2] != (0, 0) or fmt.locate("rope")[0] != 0 or not (in_row or apart):
+        return f"{fmt.name}: the kernel reads e4m3 rows with four float32 scales, or with e8m0 scales in a record of 8 bytes"
+    if fmt.scale_tile % COLUMN_TILE:
+        return f"{fmt.name}: the kernel needs scale tiles in multiples of {COLUMN_TILE}"
+    group_bytes = GROUP_ROWS * fmt.d_qk * 2
+    if scope.row_bytes % CHUNK_BYTES or GROUP_ROWS * scope.staged_row_bytes > group_bytes:
+        return f"{fmt.name}: {GROUP_ROWS} raw rows do not fit where their dequantised values go"
+    return None

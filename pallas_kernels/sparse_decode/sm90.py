@@ -1,0 +1,480 @@
+"""Sparse MLA decode on SM90: 64 heads of one query against the cache rows that its indices name.
+
+    S = scale * Q K^T    P = softmax(S)    O = P V    with K [keys, d_qk] gathered and dequantised, V = K[:, :d_v]
+
+One CTA works on one tile of 64 heads of the items (query rows) of its part; docs/sparse-decode.md explains the choice
+and has the budget. Three warpgroups:
+
+    gather   row indices -> raw rows -> bf16 keys in shared memory, two stages of 64 keys       (dequant.py)
+    softmax  S = Q K^T, softmax, P to shared memory, left half of O
+    value    right half of O
+
+and five barriers between them:
+
+    full[stage]   gather  -> softmax         a block's keys and mask are there
+    empty[stage]  softmax, value -> gather   nobody reads the stage any more
+    p_ready       softmax -> value           P and the rescale factors (or the final factors) are there
+    p_free        value -> softmax           they have been read
+    q_ready       TMA     -> softmax         the piece's queries are there
+
+        stage A   |--copy--|--dequantise--|--QK--|softmax|--PV--|--copy--|--dequantise--| ...
+        stage B            ...--QK--|softmax|--PV--|--copy--|--dequantise--|--QK--|softmax| ...
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels import combine, mgpu
+from pallas_kernels.formats import KVFormat
+from pallas_kernels.mgpu import WGMMA, WGMMA_ROW, rows_to_tile
+from pallas_kernels.schedule import SplitPlan
+from pallas_kernels.sparse_decode import dequant
+from pallas_kernels.sparse_decode.config import (
+    BLOCK_TOKENS,
+    STAGES,
+    TILE_HEADS,
+    Scope,
+    SparseConfig,
+    heuristic,
+    unsupported,
+)
+from pallas_kernels.sparse_decode.dequant import BIAS_ROW, FACTOR_ROW, RESCALE_ROW, ROWS
+
+SOFTMAX, VALUE, GATHER = range(3)  # warpgroups
+WGMMA_COLUMN = WGMMA.reduce(0)
+LOWEST = -3.0e38  # below any score, and finite: exp2(-inf - LOWEST) is 0, not NaN
+
+
+def scratch_types(fmt: KVFormat) -> dict[str, Any]:
+    """Shared memory and barriers of one CTA."""
+    return dict(
+        q=mgpu.tile((1, TILE_HEADS, fmt.d_qk)),
+        kv=mgpu.tile((STAGES, BLOCK_TOKENS, fmt.d_qk)),
+        p=mgpu.tile((TILE_HEADS, BLOCK_TOKENS)),
+        rows=plgpu.SMEM((ROWS, BLOCK_TOKENS), jnp.float32),
+        q_ready=plgpu.Barrier(),
+        full=plgpu.Barrier(num_barriers=STAGES),
+        empty=plgpu.Barrier(num_arrivals=2, num_barriers=STAGES),
+        p_ready=plgpu.Barrier(),
+        p_free=plgpu.Barrier(),
+    )
+
+
+# -- what a piece is ---------------------------------------------------------------------------------------------
+
+
+def _num_blocks(length):
+    return lax.div(length + (BLOCK_TOKENS - 1), jnp.int32(BLOCK_TOKENS))
+
+
+def _piece(index, pieces, lengths):
+    """(item, first block, number of blocks, blocks of the main scope, number of pieces of the item), all []."""
+    item, begin, end, siblings = (pieces[index, k] for k in range(4))
+    blocks = [_num_blocks(length[item]) for length in lengths]
+    end = jnp.minimum(end, functools.reduce(jnp.add, blocks))
+    return item, begin, jnp.maximum(end - begin, 0), blocks[0], siblings
+
+
+def _pieces_of_part(parts, pieces, lengths, run, init):
+    """Folds `run(piece index, piece, next piece, carry) -> carry` over the calling CTA's pieces. The next piece's numbers
+    are loaded one piece ahead; the last one's are its own."""
+    part = lax.axis_index("part")
+    begin, end = parts[part], parts[part + 1]
+    load = functools.partial(_piece, pieces=pieces, lengths=lengths)
+    last = jnp.maximum(end - 1, begin)
+
+    def step(index, carry):
+        piece, carry = carry
+        following = load(jnp.minimum(index + 1, last))
+        return following, run(index, piece, following, carry)
+
+    _, carry = lax.fori_loop(begin, end, step, (load(begin), init))
+    return begin, end, carry
+
+
+# -- warpgroup roles ---------------------------------------------------------------------------------------------
+
+
+def _softmax_warpgroup(
+    q_gmem, parts, pieces, lengths, scale, sink, out, lse, partial_out, partial_lse,
+    *, fmt, num_heads, config, ops, q, kv, p, rows, q_ready, full, empty, p_ready, p_free,
+):  # fmt: skip
+    """Scores, softmax and the left half of O."""
+    plgpu.set_max_registers(config.softmax_registers, action="increase")
+    tile = lax.axis_index("tile")
+    half = fmt.d_v // 2
+    scale2 = scale[0] * mgpu.LOG2_E
+    for stage in range(STAGES):
+        plgpu.barrier_arrive(empty.at[stage])
+
+    def load_q(item):
+        plgpu.copy_gmem_to_smem(q_gmem.at[pl.ds(item * num_heads + tile * TILE_HEADS, TILE_HEADS)], q.at[0], q_ready)
+
+    def scores(s_ref, stage, i):
+        plgpu.wgmma(s_ref, q.at[mgpu.opaque_zero(i)], plgpu.transpose_ref(kv.at[stage], (1, 0)))
+
+    def zeros(shape):
+        return plgpu.layout_cast(jnp.zeros(shape, jnp.float32), WGMMA if len(shape) == 2 else WGMMA_ROW)
+
+    def block(i, carry, first_block, last=False):
+        """One block: softmax of its scores, then O += P V while the next block's scores are computed."""
+        acc, s, top, total = carry  # [64, d_v / 2], [64, 64], [64], [64]
+        stage = lax.rem(first_block + i, jnp.int32(STAGES))
+        bias = plgpu.load(rows.at[BIAS_ROW + stage], layout=WGMMA_COLUMN)  # [64 keys]
+        s = s * scale2 + lax.broadcast_in_dim(bias, s.shape, [1])
+        new_top = jnp.maximum(top, s.max(axis=1))
+        rescale = jnp.exp2(top - new_top)
+        probabilities = jnp.exp2(s - rows_to_tile(new_top, s.shape))
+        total = total * rescale + probabilities.sum(axis=1)
+        probabilities = probabilities.astype(jnp.bfloat16)
+        plgpu.barrier_wait(p_free)
+        p[...] = probabilities
+        rows[RESCALE_ROW] = rescale
+        plgpu.barrier_arrive(p_ready)
+        acc = acc * rows_to_tile(rescale, acc.shape)
+        v = kv.at[stage, :, pl.ds(0, half)]
+        if last:
+
+            def products(acc_ref):
+                plgpu.wgmma(acc_ref, probabilities, v)
+
+            acc = pl.run_state(products)(plgpu.ACC.init(acc))
+            plgpu.barrier_arrive(empty.at[stage])
+            return acc, new_top, total
+
+        def products(refs):
+            acc_ref, s_ref = refs
+            plgpu.wgmma(acc_ref, probabilities, v)
+            following = lax.rem(first_block + i + 1, jnp.int32(STAGES))
+            plgpu.barrier_wait(full.at[following])
+            scores(s_ref, following, i)
+            plgpu.wgmma_wait(1)
+            plgpu.barrier_arrive(empty.at[stage])
+
+        acc, s = pl.run_state(products)((plgpu.ACC.init(acc), plgpu.ACC.init(zeros((TILE_HEADS, BLOCK_TOKENS)))))
+        return acc, s, new_top, total
+
+    def piece(index, this, following, first_block):
+        item, _, count, _, siblings = this
+
+        @pl.when(count > 0)
+        def _():
+            plgpu.barrier_wait(q_ready)
+            stage = lax.rem(first_block, jnp.int32(STAGES))
+            plgpu.barrier_wait(full.at[stage])
+            s = pl.run_state(lambda s_ref: scores(s_ref, stage, index))(
+                plgpu.ACC.init(zeros((TILE_HEADS, BLOCK_TOKENS)))
+            )
+            top = plgpu.layout_cast(jnp.full((TILE_HEADS,), LOWEST, jnp.float32), WGMMA_ROW)
+            carry = (zeros((TILE_HEADS, half)), s, top, zeros((TILE_HEADS,)))
+            carry = lax.fori_loop(0, count - 1, functools.partial(block, first_block=first_block), carry)
+
+            # The last scores are here, so Q may go.
+            @pl.when((index + 1 < end) & (following[2] > 0))
+            def _():
+                load_q(following[0])
+
+            acc, top, total = block(count - 1, carry, first_block, last=True)
+            has_keys = total != 0  # NaN counts as a key
+            safe = jnp.where(has_keys, total, 1.0)
+            factor = jnp.where(has_keys, 1.0 / safe, 0.0)
+            lse2 = jnp.where(has_keys, top + jnp.log2(safe), -jnp.inf)
+            sink2 = plgpu.load(sink.at[pl.ds(tile * TILE_HEADS, TILE_HEADS)], layout=WGMMA_ROW, optimized=False)
+            with_sink = factor / (1.0 + jnp.exp2(sink2 * mgpu.LOG2_E - lse2))
+            whole = rows_to_mask(siblings == 1, factor.shape)
+            factor = jnp.where(whole & has_keys, with_sink, factor)
+            plgpu.barrier_wait(p_free)
+            rows[FACTOR_ROW] = factor
+            plgpu.barrier_arrive(p_ready)
+            acc = acc * rows_to_tile(factor, acc.shape)
+
+            @pl.when(siblings == 1)
+            def _():
+                ops.store_rows(acc, out, item, tile, 0, num_heads)
+                ops.store_row_values(lse2 * mgpu.LN_2, lse, item, tile, num_heads)
+
+            @pl.when(siblings != 1)
+            def _():
+                ops.store_rows(acc, partial_out, index, tile, 0, num_heads)
+                ops.store_row_values(lse2, partial_lse, index, tile, num_heads)
+
+        @pl.when(count == 0)
+        def _():
+            _store_nothing(index, item, siblings, tile, 0, half, num_heads, ops, out, partial_out)
+            minus_infinity = plgpu.layout_cast(jnp.full((TILE_HEADS,), -jnp.inf, jnp.float32), WGMMA_ROW)
+
+            @pl.when(siblings == 1)
+            def _():
+                ops.store_row_values(minus_infinity, lse, item, tile, num_heads)
+
+            @pl.when(siblings != 1)
+            def _():
+                ops.store_row_values(minus_infinity, partial_lse, index, tile, num_heads)
+
+            @pl.when((index + 1 < end) & (following[2] > 0))
+            def _():
+                load_q(following[0])
+
+        return first_block + count
+
+    part = lax.axis_index("part")
+    begin, end = parts[part], parts[part + 1]
+    item, _, count, _, _ = _piece(begin, pieces, lengths)
+
+    @pl.when((begin < end) & (count > 0))
+    def _():
+        load_q(item)
+
+    _pieces_of_part(parts, pieces, lengths, piece, jnp.int32(0))
+    plgpu.barrier_wait(p_free)  # drains it
+
+
+def _value_warpgroup(
+    parts, pieces, lengths, out, partial_out,
+    *, fmt, num_heads, config, ops, kv, p, rows, empty, p_ready, p_free,
+):  # fmt: skip
+    """The right half of O."""
+    plgpu.set_max_registers(config.value_registers, action="decrease")
+    tile = lax.axis_index("tile")
+    half = fmt.d_v // 2
+    for stage in range(STAGES):
+        plgpu.barrier_arrive(empty.at[stage])
+    plgpu.barrier_arrive(p_free)
+
+    def block(i, acc, first_block):
+        stage = lax.rem(first_block + i, jnp.int32(STAGES))
+        plgpu.barrier_wait(p_ready)
+        probabilities = plgpu.load(p, layout=WGMMA)  # [64 heads, 64 keys]
+        rescale = plgpu.load(rows.at[RESCALE_ROW], layout=WGMMA_ROW)  # [64]
+        plgpu.barrier_arrive(p_free)
+        acc = acc * rows_to_tile(rescale, acc.shape)
+
+        def products(acc_ref):
+            plgpu.wgmma(acc_ref, probabilities, kv.at[stage, :, pl.ds(half, half)])
+
+        acc = pl.run_state(products)(plgpu.ACC.init(acc))
+        plgpu.barrier_arrive(empty.at[stage])
+        return acc
+
+    def piece(index, this, following, first_block):
+        del following
+        item, _, count, _, siblings = this
+
+        @pl.when(count > 0)
+        def _():
+            acc = plgpu.layout_cast(jnp.zeros((TILE_HEADS, half), jnp.float32), WGMMA)
+            acc = lax.fori_loop(0, count, functools.partial(block, first_block=first_block), acc)
+            plgpu.barrier_wait(p_ready)
+            factor = plgpu.load(rows.at[FACTOR_ROW], layout=WGMMA_ROW)  # [64]
+            plgpu.barrier_arrive(p_free)
+            acc = acc * rows_to_tile(factor, acc.shape)
+
+            @pl.when(siblings == 1)
+            def _():
+                ops.store_rows(acc, out, item, tile, half, num_heads)
+
+            @pl.when(siblings != 1)
+            def _():
+                ops.store_rows(acc, partial_out, index, tile, half, num_heads)
+
+        @pl.when(count == 0)
+        def _():
+            _store_nothing(index, item, siblings, tile, half, half, num_heads, ops, out, partial_out)
+
+        return first_block + count
+
+    _pieces_of_part(parts, pieces, lengths, piece, jnp.int32(0))
+
+
+def _gather_warpgroup(
+    data, indices, parts, pieces, lengths, *, scopes, config, ops, kv, rows, full, empty
+):
+    """Keys of every block of every piece, scope after scope."""
+    plgpu.set_max_registers(config.gather_registers, action="decrease")
+    ops.init_gather(rows)
+
+    def piece(index, this, following, first_block):
+        del index, following
+        item, begin, count, main_blocks, _ = this
+        for k, scope in enumerate(scopes):
+            before = main_blocks if k else 0  # blocks of the item in front of this scope
+            length = lengths[k][item]
+            first = jnp.maximum(begin - before, 0)
+            behind = jnp.minimum(begin + count - before, _num_blocks(length))
+            load_slots = functools.partial(ops.load_slots, indices[k], item, length=length, scope=scope)
+
+            def block(j, slots, k=k, scope=scope, before=before, load_slots=load_slots):
+                number = first_block + (j + before - begin)  # of the CTA's blocks
+                stage = lax.rem(number, jnp.int32(STAGES))
+                plgpu.barrier_wait(empty.at[stage])
+                extra = ops.start_block(data[k], slots, kv, rows, stage, scope, config.copy)
+                following = load_slots(block=j + 1)
+                if config.prefetch:
+                    ops.prefetch(data[k], following, scope)
+                parity = lax.rem(number, jnp.int32(2))
+                ops.finish_block(slots, extra, kv, rows, stage, parity, scope, config.copy)
+                plgpu.barrier_arrive(full.at[stage])
+                return following
+
+            @pl.when(first < behind)
+            def _(first=first, behind=behind, block=block, load_slots=load_slots):
+                lax.fori_loop(first, behind, block, load_slots(block=first))
+
+        return first_block + count
+
+    _pieces_of_part(parts, pieces, lengths, piece, jnp.int32(0))
+    for stage in range(STAGES):
+        plgpu.barrier_wait(empty.at[stage])  # drains it
+
+
+def rows_to_mask(condition, shape):
+    """[] bool -> the same, everywhere."""
+    return lax.broadcast_in_dim(condition, shape, [])
+
+
+def _store_nothing(index, item, siblings, tile, column, width, num_heads, ops, out, partial_out):
+    """Zeros: what a piece without keys adds."""
+    nothing = plgpu.layout_cast(jnp.zeros((TILE_HEADS, width), jnp.float32), WGMMA)
+
+    @pl.when(siblings == 1)
+    def _():
+        ops.store_rows(nothing, out, item, tile, column, num_heads)
+
+    @pl.when(siblings != 1)
+    def _():
+        ops.store_rows(nothing, partial_out, index, tile, column, num_heads)
+
+
+# -- host --------------------------------------------------------------------------------------------------------
+
+
+def sparse_decode(
+    q: jax.Array,
+    cache_data: jax.Array,
+    fmt: KVFormat,
+    page_size: int,
+    indices: jax.Array,
+    plan: SplitPlan,
+    sm_scale: float | jax.Array,
+    *,
+    topk_length: jax.Array | None = None,
+    attn_sink: jax.Array | None = None,
+    extra_data: jax.Array | None = None,
+    extra_fmt: KVFormat | None = None,
+    extra_page_size: int | None = None,
+    extra_indices: jax.Array | None = None,
+    extra_topk_length: jax.Array | None = None,
+    config: SparseConfig | None = None,
+    interpret: Any = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Token-level sparse MLA decode on SM90.
+
+    Args:
+      q: bf16 `[b, s_q, h, d_qk]`.
+      cache_data: pages of the cache, in the shape that `fmt` gives them (`KVFormat.page_shape`).
+      fmt: the cache's format: V32, MODEL1, BF16_576 or BF16_512.
+      page_size: tokens a page.
+      indices: int32 `[b, s_q, topk]`, physical slots (page * page_size + offset). A value outside the cache is no key.
+      plan: from `plan_sparse_decode` for these shapes.
+      sm_scale: softmax scale; a float or a float32 scalar.
+      topk_length: int32 `[b, s_q]`: only so many of the leftmost indices count; clamped to [0, topk]. None: all.
+      attn_sink: float32 `[h]`, a logit without a value; -inf is none. Not part of the LSE.
+      extra_data, extra_fmt, extra_page_size, extra_indices, extra_topk_length: a second cache with its own format (equal
+        d_qk and d_v), page size, indices and lengths, under the same softmax. All or none.
+      config: tuning; None chooses.
+      interpret: Pallas' GPU interpreter parameters, for tests.
+
+    Returns:
+      out bf16 `[b, s_q, h, d_v]` and lse float32 `[b, s_q, h]`, natural logarithm, -inf (and out 0) without any key.
+    """
+    b, s_q, num_heads, d_qk = q.shape
+    items = b * s_q
+    config = config or heuristic(fmt, num_heads)
+    plan.check(op="sparse", batch=b, s_q=s_q, num_heads=num_heads, topk=indices.shape[-1])
+    plan.check(extra_topk=0 if extra_indices is None else extra_indices.shape[-1])
+
+    caches = [(cache_data, fmt, page_size, indices, topk_length)]
+    if extra_data is not None:
+        assert extra_fmt is not None and extra_page_size is not None and extra_indices is not None
+        caches.append((extra_data, extra_fmt, extra_page_size, extra_indices, extra_topk_length))
+    scopes, data, index_rows, lengths = [], [], [], []
+    for pages, scope_fmt, size, scope_indices, length in caches:
+        topk = scope_indices.shape[-1]
+        if pages.size == 0 or topk == 0:  # nothing to point at
+            pages = jnp.zeros((1, *scope_fmt.page_shape(size)), pages.dtype)
+            scope_indices, length = jnp.full((b, s_q, 1), -1, jnp.int32), jnp.zeros((b, s_q), jnp.int32)
+        scopes.append(Scope(scope_fmt, size, pages.shape[0] * size, scope_indices.shape[-1]))
+        data.append(pages)
+        index_rows.append(scope_indices.astype(jnp.int32).reshape(items, -1))
+        length = jnp.full((b, s_q), topk) if length is None else jnp.clip(length, 0, topk)
+        lengths.append(length.astype(jnp.int32).reshape(items))
+
+    tiles = -(-num_heads // TILE_HEADS)
+    rows = q.reshape(items * num_heads, d_qk)  # head tiles overlap the next item's rows; those results go nowhere
+    if rows.shape[0] < TILE_HEADS:
+        rows = jnp.pad(rows, ((0, TILE_HEADS - rows.shape[0]), (0, 0)))
+    sink = jnp.full((num_heads,), -jnp.inf) if attn_sink is None else attn_sink
+    sink = jnp.pad(sink.astype(jnp.float32), (0, tiles * TILE_HEADS - num_heads))  # [tiles * 64]
+    scale = jnp.asarray(sm_scale, jnp.float32).reshape(1)
+
+    num_scopes = len(scopes)
+    ops = dequant.operations(interpret)
+
+    def kernel(*refs, q, kv, p, rows, q_ready, full, empty, p_ready, p_free):
+        q_gmem, scale, sink, parts, pieces, *refs = refs
+        data, refs = refs[:num_scopes], refs[num_scopes:]
+        indices, refs = refs[:num_scopes], refs[num_scopes:]
+        lengths, (out, lse, partial_out, partial_lse) = refs[:num_scopes], refs[num_scopes:]
+        common = dict(config=config, ops=ops, kv=kv, rows=rows, empty=empty)
+        wg = lax.axis_index("wg")
+
+        @pl.when(wg == SOFTMAX)
+        def _():
+            _softmax_warpgroup(
+                q_gmem, parts, pieces, lengths, scale, sink, out, lse, partial_out, partial_lse, fmt=fmt,
+                num_heads=num_heads, q=q, p=p, q_ready=q_ready, full=full, p_ready=p_ready, p_free=p_free, **common,
+            )  # fmt: skip
+
+        @pl.when(wg == VALUE)
+        def _():
+            _value_warpgroup(
+                parts, pieces, lengths, out, partial_out, fmt=fmt, num_heads=num_heads, p=p, p_ready=p_ready,
+                p_free=p_free, **common,
+            )  # fmt: skip
+
+        @pl.when(wg == GATHER)
+        def _():
+            _gather_warpgroup(data, indices, parts, pieces, lengths, scopes=scopes, full=full, **common)
+
+    shape = jax.ShapeDtypeStruct
+    out, lse, partial_out, partial_lse = plgpu.kernel(
+        kernel,
+        out_type=(
+            shape((items, num_heads, fmt.d_v), jnp.bfloat16),
+            shape((items, num_heads), jnp.float32),
+            shape((plan.max_pieces, num_heads, fmt.d_v), jnp.float32),
+            shape((plan.max_pieces, num_heads), jnp.float32),
+        ),
+        grid=(tiles, plan.num_parts),
+        grid_names=("tile", "part"),
+        num_threads=3,
+        thread_name="wg",
+        scratch_types=scratch_types(fmt),
+        kernel_name=f"sparse_mla_{fmt.name.lower()}",
+        interpret=interpret,
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0
+        ),
+    )(rows, scale, sink, plan.parts, plan.pieces, *data, *index_rows, *lengths)
+    out, lse = combine.combine(
+        out, lse, partial_out, partial_lse, plan.splits, attn_sink, interpret=interpret
+    )
+    return out.reshape(b, s_q, num_heads, fmt.d_v), lse.reshape(b, s_q, num_heads)
