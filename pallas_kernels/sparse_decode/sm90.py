@@ -50,7 +50,12 @@ from pallas_kernels.sparse_decode.dequant import BIAS_ROW, FACTOR_ROW, RESCALE_R
 
 SOFTMAX, VALUE, GATHER = range(3)  # warpgroups
 WGMMA_COLUMN = WGMMA.reduce(0)
+Q_ROW_ALIGN = 8  # a TMA copy into swizzled memory begins at a multiple of 8 rows
 LOWEST = -3.0e38  # below any score, and finite: exp2(-inf - LOWEST) is 0, not NaN
+
+
+def _round_up(x: int, to: int) -> int:
+    return -(-x // to) * to
 
 
 def scratch_types(fmt: KVFormat) -> dict[str, Any]:
@@ -103,20 +108,26 @@ def _pieces_of_part(parts, pieces, lengths, run, init):
 # -- warpgroup roles ---------------------------------------------------------------------------------------------
 
 
+def _set_registers(count):
+    # The wrong direction is an illegal instruction.
+    plgpu.set_max_registers(count, action="increase" if count > mgpu.MAX_REGISTERS // 3 else "decrease")
+
+
 def _softmax_warpgroup(
     q_gmem, parts, pieces, lengths, scale, sink, out, lse, partial_out, partial_lse,
     *, fmt, num_heads, config, ops, q, kv, p, rows, q_ready, full, empty, p_ready, p_free,
 ):  # fmt: skip
     """Scores, softmax and the left half of O."""
-    plgpu.set_max_registers(config.softmax_registers, action="increase")
+    _set_registers(config.softmax_registers)
     tile = lax.axis_index("tile")
     half = fmt.d_v // 2
+    q_rows = _round_up(num_heads, Q_ROW_ALIGN)
     scale2 = scale[0] * mgpu.LOG2_E
     for stage in range(STAGES):
         plgpu.barrier_arrive(empty.at[stage])
 
     def load_q(item):
-        plgpu.copy_gmem_to_smem(q_gmem.at[pl.ds(item * num_heads + tile * TILE_HEADS, TILE_HEADS)], q.at[0], q_ready)
+        plgpu.copy_gmem_to_smem(q_gmem.at[pl.ds(item * q_rows + tile * TILE_HEADS, TILE_HEADS)], q.at[0], q_ready)
 
     def scores(s_ref, stage, i):
         plgpu.wgmma(s_ref, q.at[mgpu.opaque_zero(i)], plgpu.transpose_ref(kv.at[stage], (1, 0)))
@@ -242,7 +253,7 @@ def _value_warpgroup(
     *, fmt, num_heads, config, ops, kv, p, rows, empty, p_ready, p_free,
 ):  # fmt: skip
     """The right half of O."""
-    plgpu.set_max_registers(config.value_registers, action="decrease")
+    _set_registers(config.value_registers)
     tile = lax.axis_index("tile")
     half = fmt.d_v // 2
     for stage in range(STAGES):
@@ -298,7 +309,7 @@ def _gather_warpgroup(
     data, indices, parts, pieces, lengths, *, scopes, config, ops, kv, rows, full, empty
 ):
     """Keys of every block of every piece, scope after scope."""
-    plgpu.set_max_registers(config.gather_registers, action="decrease")
+    _set_registers(config.gather_registers)
     ops.init_gather(rows)
 
     def piece(index, this, following, first_block):
@@ -418,9 +429,10 @@ def sparse_decode(
         lengths.append(length.astype(jnp.int32).reshape(items))
 
     tiles = -(-num_heads // TILE_HEADS)
-    rows = q.reshape(items * num_heads, d_qk)  # head tiles overlap the next item's rows; those results go nowhere
-    if rows.shape[0] < TILE_HEADS:
-        rows = jnp.pad(rows, ((0, TILE_HEADS - rows.shape[0]), (0, 0)))
+    # A tile of heads may reach into the next item's rows; those results go nowhere.
+    q_rows = _round_up(num_heads, Q_ROW_ALIGN)
+    rows = jnp.pad(q, ((0, 0), (0, 0), (0, q_rows - num_heads), (0, 0))).reshape(items * q_rows, d_qk)
+    rows = jnp.pad(rows, ((0, max(0, TILE_HEADS - items * q_rows)), (0, 0)))
     sink = jnp.full((num_heads,), -jnp.inf) if attn_sink is None else attn_sink
     sink = jnp.pad(sink.astype(jnp.float32), (0, tiles * TILE_HEADS - num_heads))  # [tiles * 64]
     scale = jnp.asarray(sm_scale, jnp.float32).reshape(1)
