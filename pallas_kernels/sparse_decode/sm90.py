@@ -80,10 +80,17 @@ def _num_blocks(length):
     return lax.div(length + (BLOCK_TOKENS - 1), jnp.int32(BLOCK_TOKENS))
 
 
+def _length(ref, topk):
+    """item [] -> how many of its indices count []. Any integer may stand in the array."""
+    if ref is None:
+        return lambda item: jnp.int32(topk)
+    return lambda item: jnp.clip(ref[item], 0, topk)
+
+
 def _piece(index, pieces, lengths):
     """(item, first block, number of blocks, blocks of the main scope, number of pieces of the item), all []."""
     item, begin, end, siblings = (pieces[index, k] for k in range(4))
-    blocks = [_num_blocks(length[item]) for length in lengths]
+    blocks = [_num_blocks(length(item)) for length in lengths]
     end = jnp.minimum(end, functools.reduce(jnp.add, blocks))
     return item, begin, jnp.maximum(end - begin, 0), blocks[0], siblings
 
@@ -198,10 +205,11 @@ def _softmax_warpgroup(
             safe = jnp.where(has_keys, total, 1.0)
             factor = jnp.where(has_keys, 1.0 / safe, 0.0)
             lse2 = jnp.where(has_keys, top + jnp.log2(safe), -jnp.inf)
-            sink2 = plgpu.load(sink.at[pl.ds(tile * TILE_HEADS, TILE_HEADS)], layout=WGMMA_ROW, optimized=False)
-            with_sink = factor / (1.0 + jnp.exp2(sink2 * mgpu.LOG2_E - lse2))
-            whole = rows_to_mask(siblings == 1, factor.shape)
-            factor = jnp.where(whole & has_keys, with_sink, factor)
+            if sink is not None:
+                logit = plgpu.load(sink.at[pl.ds(tile * TILE_HEADS, TILE_HEADS)], layout=WGMMA_ROW, optimized=False)
+                with_sink = factor / (1.0 + jnp.exp2(logit * mgpu.LOG2_E - lse2))
+                whole = lax.broadcast_in_dim(siblings == 1, factor.shape, [])
+                factor = jnp.where(whole & has_keys, with_sink, factor)  # partial results come without it
             plgpu.barrier_wait(p_free)
             rows[FACTOR_ROW] = factor
             plgpu.barrier_arrive(p_ready)
@@ -317,7 +325,7 @@ def _gather_warpgroup(
         item, begin, count, main_blocks, _ = this
         for k, scope in enumerate(scopes):
             before = main_blocks if k else 0  # blocks of the item in front of this scope
-            length = lengths[k][item]
+            length = lengths[k](item)
             first = jnp.maximum(begin - before, 0)
             behind = jnp.minimum(begin + count - before, _num_blocks(length))
             load_slots = functools.partial(ops.load_slots, indices[k], item, length=length, scope=scope)
@@ -344,11 +352,6 @@ def _gather_warpgroup(
     _pieces_of_part(parts, pieces, lengths, piece, jnp.int32(0))
     for stage in range(STAGES):
         plgpu.barrier_wait(empty.at[stage])  # drains it
-
-
-def rows_to_mask(condition, shape):
-    """[] bool -> the same, everywhere."""
-    return lax.broadcast_in_dim(condition, shape, [])
 
 
 def _store_nothing(index, item, siblings, tile, column, width, num_heads, ops, out, partial_out):
@@ -425,34 +428,38 @@ def sparse_decode(
         scopes.append(Scope(scope_fmt, size, pages.shape[0] * size, scope_indices.shape[-1]))
         data.append(pages)
         index_rows.append(scope_indices.astype(jnp.int32).reshape(items, -1))
-        length = jnp.full((b, s_q), topk) if length is None else jnp.clip(length, 0, topk)
-        lengths.append(length.astype(jnp.int32).reshape(items))
+        lengths.append(None if length is None else length.astype(jnp.int32).reshape(items))
 
     tiles = -(-num_heads // TILE_HEADS)
     # A tile of heads may reach into the next item's rows; those results go nowhere.
     q_rows = _round_up(num_heads, Q_ROW_ALIGN)
     rows = jnp.pad(q, ((0, 0), (0, 0), (0, q_rows - num_heads), (0, 0))).reshape(items * q_rows, d_qk)
     rows = jnp.pad(rows, ((0, max(0, TILE_HEADS - items * q_rows)), (0, 0)))
-    sink = jnp.full((num_heads,), -jnp.inf) if attn_sink is None else attn_sink
-    sink = jnp.pad(sink.astype(jnp.float32), (0, tiles * TILE_HEADS - num_heads))  # [tiles * 64]
     scale = jnp.asarray(sm_scale, jnp.float32).reshape(1)
+    sink = None
+    if attn_sink is not None:
+        sink = jnp.pad(attn_sink.astype(jnp.float32), (0, tiles * TILE_HEADS - num_heads))  # [tiles * 64]
+    operands = dict(
+        q_gmem=rows, scale=scale, sink=sink, parts=plan.parts, pieces=plan.pieces, data=data, indices=index_rows,
+        lengths=lengths,
+    )  # fmt: skip
+    leaves, structure = jax.tree.flatten(operands)
 
-    num_scopes = len(scopes)
     ops = dequant.operations(interpret)
 
     def kernel(*refs, q, kv, p, rows, q_ready, full, empty, p_ready, p_free):
-        q_gmem, scale, sink, parts, pieces, *refs = refs
-        data, refs = refs[:num_scopes], refs[num_scopes:]
-        indices, refs = refs[:num_scopes], refs[num_scopes:]
-        lengths, (out, lse, partial_out, partial_lse) = refs[:num_scopes], refs[num_scopes:]
+        out, lse, partial_out, partial_lse = refs[len(leaves) :]
+        given = jax.tree.unflatten(structure, refs[: len(leaves)])
+        parts, pieces = given["parts"], given["pieces"]
+        lengths = [_length(ref, scope.topk) for ref, scope in zip(given["lengths"], scopes, strict=True)]
         common = dict(config=config, ops=ops, kv=kv, rows=rows, empty=empty)
         wg = lax.axis_index("wg")
 
         @pl.when(wg == SOFTMAX)
         def _():
             _softmax_warpgroup(
-                q_gmem, parts, pieces, lengths, scale, sink, out, lse, partial_out, partial_lse, fmt=fmt,
-                num_heads=num_heads, q=q, p=p, q_ready=q_ready, full=full, p_ready=p_ready, p_free=p_free, **common,
+                given["q_gmem"], parts, pieces, lengths, given["scale"], given["sink"], out, lse, partial_out,
+                partial_lse, fmt=fmt, num_heads=num_heads, q=q, p=p, q_ready=q_ready, full=full, p_ready=p_ready, p_free=p_free, **common,
             )  # fmt: skip
 
         @pl.when(wg == VALUE)
@@ -464,7 +471,9 @@ def sparse_decode(
 
         @pl.when(wg == GATHER)
         def _():
-            _gather_warpgroup(data, indices, parts, pieces, lengths, scopes=scopes, full=full, **common)
+            _gather_warpgroup(
+                given["data"], given["indices"], parts, pieces, lengths, scopes=scopes, full=full, **common
+            )
 
     shape = jax.ShapeDtypeStruct
     out, lse, partial_out, partial_lse = plgpu.kernel(
@@ -485,7 +494,7 @@ def sparse_decode(
         compiler_params=plgpu.CompilerParams(
             approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0
         ),
-    )(rows, scale, sink, plan.parts, plan.pieces, *data, *index_rows, *lengths)
+    )(*leaves)
     out, lse = combine.combine(
         out, lse, partial_out, partial_lse, plan.splits, attn_sink, interpret=interpret
     )
