@@ -8,7 +8,9 @@ import jax.numpy as jnp
 
 from mla_jax import xla
 from mla_jax.calls import DenseCall, DenseOperands, Scope, SparseCall, SparseOperands
-from mla_jax.dispatch import Implementation, Target
+from mla_jax.dispatch import Implementation, Target, check_cuda, check_tested_jax
+from pallas_kernels import sparse_decode as sparse_kernel
+from pallas_kernels.schedule import plan_sparse_decode
 
 
 def _not_in_this_version(kind: str):
@@ -41,6 +43,42 @@ def _sparse_xla(call: SparseCall, config: Any, x: SparseOperands):
     return xla.sparse(x.q, scopes, x.sm_scale, x.attn_sink)
 
 
+def _check_sparse_mosaic(call: SparseCall, target: Target, config: Any) -> None:
+    check_tested_jax()
+    check_cuda(target)
+    assert target.capability is not None
+    sparse_kernel.check(call.fmt, call.extra_fmt, target.capability)
+    if config is not None and not isinstance(config, sparse_kernel.SparseConfig):
+        raise ValueError(f"config is {config!r}; accepted by 'mosaic': None or a SparseConfig")
+
+
+def _sparse_mosaic(call: SparseCall, config: Any, x: SparseOperands):
+    plan = x.plan
+    if plan is None:
+        plan = plan_sparse_decode(
+            call.topk,
+            batch=call.b,
+            s_q=call.s_q,
+            num_heads=call.h,
+            topk_length=x.main.length,
+            extra_topk=call.extra_topk,
+            extra_topk_length=None if x.extra is None else x.extra.length,
+        )
+    extra: dict[str, Any] = {}
+    if x.extra is not None:
+        extra = dict(
+            extra_data=x.extra.cache.data,
+            extra_fmt=call.extra_fmt,
+            extra_page_size=call.extra_page_size,
+            extra_indices=x.extra.indices,
+            extra_topk_length=x.extra.length,
+        )
+    return sparse_kernel.sparse_decode(
+        x.q, x.main.cache.data, call.fmt, call.page_size, x.main.indices, plan, x.sm_scale,
+        topk_length=x.main.length, attn_sink=x.attn_sink, config=config, **extra,
+    )  # fmt: skip
+
+
 DENSE = (
     Implementation("mosaic", *_not_in_this_version("Mosaic GPU")),
     Implementation("triton", *_not_in_this_version("Triton-lowered")),
@@ -48,7 +86,7 @@ DENSE = (
 )
 
 SPARSE = (
-    Implementation("mosaic", *_not_in_this_version("Mosaic GPU")),
+    Implementation("mosaic", _check_sparse_mosaic, _sparse_mosaic),
     Implementation("triton", *_not_in_this_version("Triton-lowered")),
     Implementation("xla", _check_xla, _sparse_xla),
 )

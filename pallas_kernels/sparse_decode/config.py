@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
 
 from pallas_kernels import formats, mgpu
 from pallas_kernels.formats import KVFormat
@@ -22,21 +21,19 @@ class SparseConfig:
     """Choices that change speed, never results.
 
     Attributes:
-      copy: how raw rows of quantised caches travel to shared memory: "bulk" (one `cp.async.bulk` a row) or "cp_async"
-        (16 bytes a lane). Plain bf16 rows always take the latter, since they land swizzled.
-      prefetch: ask L2 for the rows of the next block while this block's are on their way.
+      ahead: how many of a warp's two groups of raw rows are loaded into registers before the block's stage is free; the
+        others are copied to the stage once it is.
       softmax_registers, value_registers, gather_registers: registers a thread of the three warpgroups.
     """
 
-    copy: Literal["bulk", "cp_async"] = "cp_async"
-    prefetch: bool = False
+    ahead: int = 1
     softmax_registers: int = 208
-    value_registers: int = 176
-    gather_registers: int = 120
+    value_registers: int = 160
+    gather_registers: int = 136
 
     def __post_init__(self) -> None:
-        if self.copy not in ("bulk", "cp_async"):
-            raise ValueError(f"copy must be 'bulk' or 'cp_async', got {self.copy!r}")
+        if self.ahead not in (0, 1, 2):
+            raise ValueError(f"ahead must be 0, 1 or 2, got {self.ahead!r}")
         registers = (self.softmax_registers, self.value_registers, self.gather_registers)
         if any(r % 8 or not 24 <= r <= 240 for r in registers) or sum(registers) > mgpu.MAX_REGISTERS:
             raise ValueError(
@@ -120,7 +117,7 @@ def unsupported(fmt: KVFormat) -> str | None:
     if fmt.compute_dtype != formats.BF16:
         return f"{fmt.name}: the kernel multiplies in bfloat16"
     if fmt.d_nope % COLUMN_TILE or fmt.d_rope != COLUMN_TILE or fmt.d_v % (2 * COLUMN_TILE):
-        return f"{fmt.name}: the kernel needs latent widths in multiples of {COLUMN_TILE} and {COLUMN_TILE} rotary columns"
+        return f"{fmt.name}: the kernel needs multiples of {COLUMN_TILE} latent columns and {COLUMN_TILE} rotary ones"
     if not fmt.is_quantized:
         return None
     scope = Scope(fmt, 1, 1, 1)
@@ -128,7 +125,7 @@ def unsupported(fmt: KVFormat) -> str | None:
     in_row = scale[0] == 0 and fmt.num_scales * 4 == CHUNK_BYTES and scale[2].dtype == formats.F32
     apart = scale[0] == 1 and scope.scale_record_bytes == 8 and scale[2].dtype == formats.E8M0
     if nope[2].dtype != formats.E4M3 or nope[:2] != (0, 0) or fmt.locate("rope")[0] != 0 or not (in_row or apart):
-        return f"{fmt.name}: the kernel reads e4m3 rows with four float32 scales, or with e8m0 scales in a record of 8 bytes"
+        return f"{fmt.name}: the kernel reads e4m3 with four float32 scales, or with e8m0 scales in a record of 8 bytes"
     if fmt.scale_tile % COLUMN_TILE:
         return f"{fmt.name}: the kernel needs scale tiles in multiples of {COLUMN_TILE}"
     group_bytes = GROUP_ROWS * fmt.d_qk * 2

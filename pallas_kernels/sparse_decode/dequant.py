@@ -1,16 +1,17 @@
 """Rows of the cache -> bf16 keys in shared memory, by index: copy, wait, dequantise in place.
 
-A block of 64 keys becomes one stage `kv[stage]`, bf16 [64, d_qk] in swizzled tiles of 8 rows by 64 columns, so 8 rows are
-one contiguous run of memory, a *group*. Each of the 4 warps owns two groups of a block and works on them without any
-other warp:
+A block of 64 keys becomes one stage `kv[stage]`, bf16 [64, d_qk] in swizzled tiles of 8 rows by 64 columns, so that 8
+rows are one contiguous run of memory, a *group*. Each of the 4 warps owns two groups of a block and works on them
+without any other warp. Raw rows (656 or 576 bytes) have no buffer of their own:
 
-1. *start*: the raw rows (656 or 576 bytes) are copied to the beginning of the group's own memory (8 * d_qk * 2 bytes,
-   nearly twice as much). No buffer for raw rows exists.
-2. *finish*: the warp reads all raw bytes of a group into registers (11 times 16 bytes a lane), then overwrites them with
-   the dequantised values. The other group's rows are still travelling meanwhile.
+* The first `ahead` groups travel through registers. They are loaded while the previous block's products run, before
+  their stage is free.
+* The others are copied to the beginning of their own memory (8 * d_qk * 2 bytes, nearly twice as much) once the stage is
+  free, one `cp.async.bulk` a row. The warp reads all raw bytes of a group into registers, then overwrites them with the
+  dequantised values.
 
-Lane l works on row l % 8 of the group and on 16-byte chunks l // 8, l // 8 + 4, ...; with raw rows an odd number of chunks
-apart, reads of raw bytes and writes of swizzled values are free of bank conflicts.
+Lane l works on row l % 8 of the group and on 16-byte chunks l // 8, l // 8 + 4, ...; with raw rows an odd number of
+chunks apart, reads of raw bytes and writes of swizzled values are free of bank conflicts.
 
     value = bf16(e4m3 * scale), product in float32, one rounding
 
@@ -46,6 +47,7 @@ GROUPS_PER_WARP = 2  # 4 warps, 64 rows
 LANE_CHUNKS = 4  # lanes that share a row
 STAGED_BYTES = LANE_CHUNKS * CHUNK_BYTES  # what the lanes of a row cover with one instruction
 MASKED = -float("inf")
+MINUS_INFINITY = 0xFF800000 - 2**32  # the same as the bits of a float32, seen as int32
 
 # Rows of the small float32 buffer `rows` [ROWS, 64].
 BIAS_ROW = 0  # STAGES rows: 0 for a key, -inf for none
@@ -58,6 +60,10 @@ ROWS = STAGES + 3
 BLOCK_ROW = plgpu.Layout.TILED(
     plgpu.Tiling(((32, 64), (8, 16), (8,))), warp_dims=(-5,), lane_dims=(-4, -3), vector_dim=-1
 ).reduce(1)
+# The raw bytes of a group as int32 [4 * 8 rows, 16 * n]: n registers of 16 bytes a lane.
+RAW_ROWS = plgpu.Layout.TILED(
+    plgpu.Tiling(((32, 16), (8, 4))), warp_dims=(-4,), lane_dims=(-3, -2), vector_dim=-1
+)
 SPLAT = plgpu.Layout.WG_SPLAT
 REF = plgpu.RefType()
 TILES = plgpu.RefType((plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)))
@@ -171,16 +177,38 @@ def _is_key(slot: ir.Value, scope: Scope) -> ir.Value:
     return _less(slot, min(scope.num_slots, 2**31 - 1))
 
 
-def _load16(address: ir.Value, offset_bytes: int, element: str = "i32") -> list[ir.Value]:
+WORDS = "!llvm.struct<(i32, i32, i32, i32)>"
+
+
+def _load16(address: ir.Value, offset_bytes: int) -> list[ir.Value]:
     """16 bytes of shared memory as four registers."""
-    kind, letter = ("b32", "r") if element == "i32" else ("f32", "f")
-    words = asm(
-        f"ld.shared.v4.{kind} {{$0, $1, $2, $3}}, [$4+{offset_bytes}];",
-        f"={letter},={letter},={letter},={letter},r",
-        address,
-        result=f"!llvm.struct<({element}, {element}, {element}, {element})>",
+    text = f"ld.shared.v4.b32 {{$0, $1, $2, $3}}, [$4+{offset_bytes}];"
+    return _fields(asm(text, "=r,=r,=r,=r,r", address, result=WORDS), [_i32()] * 4)
+
+
+def _load16_global(key: ir.Value, address: ir.Value, offset_bytes: int) -> list[ir.Value]:
+    """16 bytes of global memory as four registers; zeros, and no access, unless `key`."""
+    text = (
+        "{ mov.b32 $0, 0; mov.b32 $1, 0; mov.b32 $2, 0; mov.b32 $3, 0; "
+        f"@$4 ld.global.nc.L1::no_allocate.L2::128B.v4.b32 {{$0, $1, $2, $3}}, [$5+{offset_bytes}]; }}"
     )
-    return _fields(words, [ir.Type.parse(element)] * 4)
+    return _fields(asm(text, "=&r,=&r,=&r,=&r,b,l", key, address, result=WORDS), [_i32()] * 4)
+
+
+def _raw_array(chunks: list[list[ir.Value]]):
+    layout = RAW_ROWS.to_mgpu()
+    registers = np.empty(layout.registers_shape((4 * GROUP_ROWS, 16 * len(chunks))), object)
+    flat = registers.reshape(-1)
+    for k, words in enumerate(chunks):
+        flat[k] = vector.from_elements(ir.VectorType.get((4,), _i32()), words)
+    return mosaic.FragmentedArray(_registers=registers, _layout=layout, _is_signed=True)
+
+
+def _raw_chunks(array) -> list[list[ir.Value]]:
+    return [
+        [vector.extract(v, dynamic_position=[], static_position=[e]) for e in range(4)]
+        for v in array.registers.reshape(-1)
+    ]
 
 
 def _store16(address: ir.Value, offset_bytes: int, words: list[ir.Value]) -> None:
@@ -259,89 +287,90 @@ class SparseHardware(mgpu.Hardware):
 
         return load(indices, item, block, length)
 
-    def prefetch(self, data, slots, scope: Scope) -> None:
-        """Asks L2 for the rows of a block that comes later."""
+    def load_ahead(self, data, slots, scope: Scope, ahead: int) -> tuple[jax.Array, ...]:
+        """Loads what may come before a block's stage is free: its first groups' raw rows; scales kept apart (MODEL1)."""
+        if not scope.fmt.is_quantized:
+            return ()
+        offsets = _raw_offsets(scope)
+        shape = plgpu.ShapeDtypeStruct((4 * GROUP_ROWS, 16 * len(offsets)), jnp.int32, RAW_ROWS)
+        word = plgpu.ShapeDtypeStruct((BLOCK_TOKENS,), jnp.int32, BLOCK_ROW)
+        apart = scope.scale_record != 0
 
-        @plgpu.inline_mgpu(arg_types=(REF, BLOCK_ROW))
-        def run(_, data, slots):
+        @plgpu.inline_mgpu(
+            arg_types=(REF, BLOCK_ROW), return_type=(shape,) * ahead + (word,) * (2 if apart else 0)
+        )
+        def load(_, data, slots):
             lane = _Lane()
-            for slot in _row_values(slots):
-                row, scales = _row_address(data, slot, scope)
-                row = _add(row, _wide(_mul(lane.chunk, 128)))
-                for offset in range(0, scope.row_bytes, 128 * LANE_CHUNKS):
-                    # The row's last bytes lie in the line that begins before this one's.
-                    inside = _less(_add(_mul(lane.chunk, 128), offset), scope.row_bytes)
-                    go = arith.andi(_is_key(slot, scope), inside)
-                    asm(f"@$0 prefetch.global.L2 [$1+{offset}];", "b,l", go, row)
-                if scales is not row and not scope.is_row_major and scope.fmt.is_quantized:
-                    go = arith.andi(_is_key(slot, scope), _equal(lane.chunk, 0))
-                    asm("@$0 prefetch.global.L2 [$1];", "b,l", go, scales)
-
-        run(data, slots)
-
-    def start_block(self, data, slots, kv, rows, stage, scope: Scope, copy: str) -> tuple[jax.Array, ...]:
-        """Begins to copy a block's rows to a free stage. Returns what `finish_block` needs beside: MODEL1's scales."""
-        apart = scope.fmt.is_quantized and scope.scale_record != 0
-        result = (plgpu.ShapeDtypeStruct((BLOCK_TOKENS,), jnp.int32, BLOCK_ROW),) * 2 if apart else None
-        d_qk = scope.fmt.d_qk
-
-        @plgpu.inline_mgpu(arg_types=(REF, BLOCK_ROW, TILES, REF, SPLAT), return_type=result)
-        def start(_, data, slots, kv, rows, stage):
-            lane = _Lane()
-            low, high = [], []
+            results, words = [], []
             for k, slot in enumerate(_row_values(slots)):
                 key = _is_key(slot, scope)
                 row, scales = _row_address(data, slot, scope)
-                group = lane.group(kv, _scalar(stage), k, d_qk)
-                if not scope.fmt.is_quantized:
-                    _copy_plain(lane, group, row, key, _gmem(data), scope)
-                elif copy == "bulk":
-                    barrier = _add(_smem(rows), _add(_barrier_offset(lane), 8 * k))
-                    _copy_bulk(lane, group, row, key, barrier, scope)
-                else:
-                    _copy_async(lane, group, row, key, _gmem(data), scope)
                 if apart:
                     text = "{ mov.b32 $0, 0; mov.b32 $1, 0; @$2 ld.global.nc.v2.b32 {$0, $1}, [$3]; }"
                     pair = asm(text, "=&r,=&r,b,l", key, scales, result="!llvm.struct<(i32, i32)>")
-                    for words, word in zip((low, high), _fields(pair, [_i32()] * 2), strict=True):
-                        words.append(word)
-            return (_row_array(low), _row_array(high)) if apart else None
+                    words.append(_fields(pair, [_i32()] * 2))
+                if k < ahead:
+                    lane_row = _add(row, _wide(_mul(lane.chunk, CHUNK_BYTES)))
+                    chunks = [
+                        _load16_global(key, lane_row if per_lane else row, offset) for offset, per_lane in offsets
+                    ]
+                    results.append(_raw_array(chunks))
+            return (*results, *(_row_array([w[k] for w in words]) for k in range(2 if apart else 0)))
 
-        return start(data, slots, kv, rows, stage) or ()
+        return tuple(load(data, slots)) if ahead or apart else ()
 
-    def finish_block(self, slots, scales, kv, rows, stage, parity, scope: Scope, copy: str) -> None:
-        """Waits for the copies, dequantises in place, writes the mask, makes it all visible to wgmma."""
+    def start_block(self, data, slots, kv, rows, stage, scope: Scope, ahead: int) -> None:
+        """Begins to copy a block's rows to a free stage: all that `load_ahead` does not load."""
         d_qk = scope.fmt.d_qk
-        bulk = copy == "bulk" and scope.fmt.is_quantized
 
-        @plgpu.inline_mgpu(arg_types=(BLOCK_ROW, (BLOCK_ROW,) * len(scales), TILES, REF, SPLAT, SPLAT))
-        def finish(_, slots, scales, kv, rows, stage, parity):
+        @plgpu.inline_mgpu(arg_types=(REF, BLOCK_ROW, TILES, REF, SPLAT))
+        def start(_, data, slots, kv, rows, stage):
             lane = _Lane()
-            values = _row_values(slots)
-            scale_words = [_row_values(s) for s in scales]
+            for k, slot in enumerate(_row_values(slots)):
+                if k < ahead and scope.fmt.is_quantized:
+                    continue
+                key = _is_key(slot, scope)
+                row, _ = _row_address(data, slot, scope)
+                group = lane.group(kv, _scalar(stage), k, d_qk)
+                if scope.fmt.is_quantized:
+                    barrier = _add(_smem(rows), _add(_barrier_offset(lane), 8 * k))
+                    _copy_raw(lane, group, row, key, barrier, scope)
+                else:
+                    _copy_plain(lane, group, row, key, _gmem(data), scope)
+
+        start(data, slots, kv, rows, stage)
+
+    def finish_block(self, slots, loaded, kv, rows, stage, parity, scope: Scope, ahead: int) -> None:
+        """Waits for the rows, dequantises them, writes the mask, makes it all visible to wgmma."""
+        d_qk = scope.fmt.d_qk
+        ahead = ahead if scope.fmt.is_quantized else 0
+        layouts = (RAW_ROWS,) * ahead + (BLOCK_ROW,) * (len(loaded) - ahead)
+
+        @plgpu.inline_mgpu(arg_types=(BLOCK_ROW, layouts, TILES, REF, SPLAT, SPLAT))
+        def finish(_, slots, loaded, kv, rows, stage, parity):
+            lane = _Lane()
+            keys = [_is_key(slot, scope) for slot in _row_values(slots)]
+            scale_words = [_row_values(s) for s in loaded[ahead:]]
             bias = _add(_smem(rows), _add(_mul(_scalar(stage), 4 * BLOCK_TOKENS), 4 * BLOCK_TOKENS * BIAS_ROW))
             bias = _add(bias, _mul(_add(_mul(lane.warp, GROUP_ROWS), lane.row), 4))
-            for k, slot in enumerate(values):
-                minus_infinity = _int(0xFF800000 - 2**32, _i32())
-                mask = arith.select(_is_key(slot, scope), _int(0, _i32()), minus_infinity)
+            for k, key in enumerate(keys):
+                mask = arith.select(key, _int(0, _i32()), _int(MINUS_INFINITY, _i32()))
                 asm(f"st.shared.b32 [$0+{128 * k}], $1;", "r,r", bias, mask)
-            for k, slot in enumerate(values):
+            if not scope.fmt.is_quantized:
+                asm("cp.async.wait_all;")
+            for k, key in enumerate(keys if scope.fmt.is_quantized else ()):
                 group = lane.group(kv, _scalar(stage), k, d_qk)
-                if bulk:
-                    barrier = _add(_smem(rows), _add(_barrier_offset(lane), 8 * k))
-                    _wait(barrier, _scalar(parity))
+                if k < ahead:
+                    chunks = _raw_chunks(loaded[k])
                 else:
-                    asm(f"cp.async.wait_group {GROUPS_PER_WARP - 1 - k};")
-                    _sync_warp()
-                if scope.fmt.is_quantized:
-                    missing = arith.xori(_is_key(slot, scope), _int(1, ir.IntegerType.get_signless(1)))
-                    words = [w[k] for w in scale_words]
-                    _dequantize_group(lane, group, words, missing if bulk else None, scope)
+                    _wait(_add(_smem(rows), _add(_barrier_offset(lane), 8 * k)), _scalar(parity))
+                    chunks = _read_raw(lane, group, key, scope)
+                _dequantize_group(lane, group, chunks, [w[k] for w in scale_words], scope)
             asm("fence.proxy.async.shared::cta;")
 
-        finish(slots, tuple(scales), kv, rows, stage, parity)
+        finish(slots, tuple(loaded), kv, rows, stage, parity)
 
-    def store_rows(self, x, out, index, tile, column: int, num_rows: int) -> None:
+    def store_rows(self, x, *, out, index, tile, column: int, num_rows: int) -> None:
         """x [64, n] -> out[index, 64 * tile + row, column:column + n] for rows that exist. float32 or bf16."""
         narrow = out.dtype == jnp.bfloat16
         width = out.shape[-1]
@@ -373,7 +402,7 @@ class SparseHardware(mgpu.Hardware):
 
         store(x.astype(out.dtype), out, index, tile)
 
-    def store_row_values(self, x, out, index, tile, num_rows: int) -> None:
+    def store_row_values(self, x, *, out, index, tile, num_rows: int) -> None:
         """x [64] -> out[index, 64 * tile + row] for rows that exist. float32."""
 
         @plgpu.inline_mgpu(arg_types=(mgpu.WGMMA_ROW, REF, SPLAT, SPLAT))
@@ -402,22 +431,6 @@ def _staged(lane: _Lane, group: ir.Value, scope: Scope) -> ir.Value:
     return _add(group, _add(_mul(lane.row, scope.staged_row_bytes), _mul(lane.chunk, CHUNK_BYTES)))
 
 
-def _copy_async(lane, group, row, key, fallback, scope) -> None:
-    """Raw rows, 16 bytes a lane. Keys that do not count arrive as zeros, and their addresses are not used."""
-    size = arith.select(key, _int(CHUNK_BYTES, _i32()), _int(0, _i32()))
-    source = _add(arith.select(key, row, fallback), _wide(_mul(lane.chunk, CHUNK_BYTES)))
-    target = _staged(lane, group, scope)
-    whole, rest = divmod(scope.row_chunks, LANE_CHUNKS)
-    for n in range(whole):
-        at = STAGED_BYTES * n
-        asm(f"cp.async.cg.shared.global.L2::128B [$0+{at}], [$1+{at}], 16, $2;", "r,l,r", target, source, size)
-    if rest:
-        at = STAGED_BYTES * whole
-        text = f"@$3 cp.async.cg.shared.global.L2::128B [$0+{at}], [$1+{at}], 16, $2;"
-        asm(text, "r,l,r,b", target, source, size, _less(lane.chunk, rest))
-    asm("cp.async.commit_group;")
-
-
 def _copy_plain(lane, group, row, key, fallback, scope) -> None:
     """bf16 rows, straight to their swizzled places."""
     size = arith.select(key, _int(CHUNK_BYTES, _i32()), _int(0, _i32()))
@@ -427,10 +440,9 @@ def _copy_plain(lane, group, row, key, fallback, scope) -> None:
         at = COLUMN_TILE_BYTES * (n // 2)
         text = f"cp.async.cg.shared.global.L2::128B [$0+{at}], [$1+{STAGED_BYTES * n}], 16, $2;"
         asm(text, "r,l,r", targets[n % 2], source, size)
-    asm("cp.async.commit_group;")
 
 
-def _copy_bulk(lane, group, row, key, barrier, scope) -> None:
+def _copy_raw(lane, group, row, key, barrier, scope) -> None:
     """Raw rows, one bulk copy each, issued by the 8 lanes of chunk 0."""
     go = arith.andi(key, _equal(lane.chunk, 0))
     text = f"{{ vote.sync.ballot.b32 $0, $1, 0xffffffff; popc.b32 $0, $0; mul.lo.u32 $0, $0, {scope.row_bytes}; }}"
@@ -454,29 +466,36 @@ def _wait(barrier: ir.Value, parity: ir.Value) -> None:
     )
 
 
-def _dequantize_group(lane, group, scale_words, missing, scope) -> None:
-    """8 raw rows -> 8 rows of bf16 in their place."""
-    fmt = scope.fmt
-    raw = _staged(lane, group, scope)
+def _raw_offsets(scope: Scope) -> list[tuple[int, bool]]:
+    """The 16-byte chunks of a raw row that a lane holds: byte offset, and whether it counts from the lane's own chunk.
+    First the latent columns, a column tile each; then RoPE, in two; then the scales, if they are in the row."""
+    latent = [(STAGED_BYTES * n, True) for n in range(scope.fmt.d_nope // COLUMN_TILE)]
+    rotary = [(scope.rope_offset_bytes + STAGED_BYTES * half, True) for half in range(2)]
+    scales = [(scope.scale_offset_bytes, False)] if scope.scale_record == 0 else []
+    return latent + rotary + scales
+
+
+def _read_raw(lane, group, key, scope) -> list[list[ir.Value]]:
+    """The lane's chunks of a group that `_copy_raw` has brought, zeros for keys that do not count."""
     raw_row = _add(group, _mul(lane.row, scope.staged_row_bytes))
-    column_tiles = fmt.d_nope // COLUMN_TILE
-    rope = scope.rope_offset_bytes
-    in_row = not scale_words
-    if missing is not None:  # no bulk copy wrote these rows
-        zero = _int(0, _i32())
-        offsets = [STAGED_BYTES * n for n in range(column_tiles)] + [rope, rope + STAGED_BYTES]
-        for at in offsets:
-            asm(f"@$0 st.shared.v4.b32 [$1+{at}], {{$2, $2, $2, $2}};", "b,r,r", missing, raw, zero)
-        if in_row:
-            at = scope.scale_offset_bytes
-            asm(f"@$0 st.shared.v4.b32 [$1+{at}], {{$2, $2, $2, $2}};", "b,r,r", missing, raw_row, zero)
-    if in_row:
-        scales = _load16(raw_row, scope.scale_offset_bytes, "f32")
-    else:
-        scales = [_e8m0(scale_words[n // 4], n % 4) for n in range(fmt.num_scales)]
-    latent = [_load16(raw, STAGED_BYTES * n) for n in range(column_tiles)]
-    rotary = [_load16(raw, rope + STAGED_BYTES * half) for half in range(2)]
+    places = [(_staged(lane, group, scope) if per_lane else raw_row, at) for at, per_lane in _raw_offsets(scope)]
+    missing = arith.xori(key, _int(1, ir.IntegerType.get_signless(1)))
+    for address, at in places:
+        asm(f"@$0 st.shared.v4.b32 [$1+{at}], {{$2, $2, $2, $2}};", "b,r,r", missing, address, _int(0, _i32()))
+    chunks = [_load16(address, at) for address, at in places]
     _sync_warp()  # every lane holds its raw bytes: they may be overwritten
+    return chunks
+
+
+def _dequantize_group(lane, group, chunks, scale_words, scope) -> None:
+    """The lane's chunks of 8 raw rows -> 8 rows of bf16."""
+    fmt = scope.fmt
+    column_tiles = fmt.d_nope // COLUMN_TILE
+    latent, rotary = chunks[:column_tiles], chunks[column_tiles : column_tiles + 2]
+    if scale_words:
+        scales = [_e8m0(scale_words[n // 4], n % 4) for n in range(fmt.num_scales)]
+    else:
+        scales = [arith.bitcast(ir.F32Type.get(), word) for word in chunks[-1]]
     even = lane.swizzled(group, _mul(lane.chunk, 2))
     odd = arith.xori(even, _int(CHUNK_BYTES, _i32()))
     for n, words in enumerate(latent):
@@ -500,34 +519,38 @@ class SparseInterpreted(mgpu.Interpreted):
         slots = jnp.take(indices[item], jnp.minimum(place, scope.topk - 1))  # [64]
         return jnp.where(place < length, slots, -1)
 
-    def prefetch(self, data, slots, scope) -> None:
-        pass
-
-    def start_block(self, data, slots, kv, rows, stage, scope, copy):
-        # The stage holds neither the old keys nor the new ones from here on.
-        kv[stage] = jnp.full((BLOCK_TOKENS, scope.fmt.d_qk), jnp.nan, jnp.bfloat16)
+    def load_ahead(self, data, slots, scope, ahead):
         return (_interpreted_rows(data[...], slots, scope),)
 
-    def finish_block(self, slots, values, kv, rows, stage, parity, scope, copy) -> None:
-        kv[stage] = values[0]
+    def start_block(self, data, slots, kv, rows, stage, scope, ahead) -> None:
+        # The stage holds neither the old keys nor the new ones from here on.
+        kv[stage] = jnp.full((BLOCK_TOKENS, scope.fmt.d_qk), jnp.nan, jnp.bfloat16)
+
+    def finish_block(self, slots, loaded, kv, rows, stage, parity, scope, ahead) -> None:
+        kv[stage] = loaded[0]
         key = (slots >= 0) & (slots < scope.num_slots)
         rows[BIAS_ROW + stage] = jnp.where(key, 0.0, MASKED).astype(jnp.float32)
         self.publish_smem()
 
-    def store_rows(self, x, out, index, tile, column, num_rows) -> None:
-        x = x.astype(out.dtype)
-        for row in range(x.shape[0]):
+    def store_rows(self, x, *, out, index, tile, column, num_rows) -> None:
+        def store(first, count):
+            out[index, pl.ds(first, count), pl.ds(column, x.shape[1])] = x[:count].astype(out.dtype)
 
-            @pl.when(tile * 64 + row < num_rows)
-            def _(row=row):
-                out[index, tile * 64 + row, pl.ds(column, x.shape[1])] = x[row]
+        _store_tile(store, tile, num_rows)
 
-    def store_row_values(self, x, out, index, tile, num_rows) -> None:
-        for row in range(x.shape[0]):
+    def store_row_values(self, x, *, out, index, tile, num_rows) -> None:
+        def store(first, count):
+            out[index, pl.ds(first, count)] = x[:count]
 
-            @pl.when(tile * 64 + row < num_rows)
-            def _(row=row):
-                out[index, tile * 64 + row] = x[row]
+        _store_tile(store, tile, num_rows)
+
+
+def _store_tile(store, tile, num_rows: int) -> None:
+    """store(first row, how many) for the rows of a tile that exist."""
+    whole, rest = divmod(num_rows, 64)
+    pl.when(tile < whole)(lambda: store(tile * 64, 64))
+    if rest:
+        pl.when(tile == whole)(lambda: store(whole * 64, rest))
 
 
 def _interpreted_rows(data, slots, scope: Scope) -> jax.Array:

@@ -44,7 +44,6 @@ from pallas_kernels.sparse_decode.config import (
     Scope,
     SparseConfig,
     heuristic,
-    unsupported,
 )
 from pallas_kernels.sparse_decode.dequant import BIAS_ROW, FACTOR_ROW, RESCALE_ROW, ROWS
 
@@ -95,21 +94,20 @@ def _piece(index, pieces, lengths):
     return item, begin, jnp.maximum(end - begin, 0), blocks[0], siblings
 
 
-def _pieces_of_part(parts, pieces, lengths, run, init):
-    """Folds `run(piece index, piece, next piece, carry) -> carry` over the calling CTA's pieces. The next piece's numbers
-    are loaded one piece ahead; the last one's are its own."""
+def _pieces_of_part(parts, pieces, lengths, run):
+    """Folds `run(piece index, piece, next piece, first block) -> next first block` over the calling CTA's pieces, where
+    blocks are numbered through the CTA. The next piece's numbers are loaded one piece ahead; the last one has none."""
     part = lax.axis_index("part")
     begin, end = parts[part], parts[part + 1]
     load = functools.partial(_piece, pieces=pieces, lengths=lengths)
     last = jnp.maximum(end - 1, begin)
 
     def step(index, carry):
-        piece, carry = carry
+        this, first_block = carry
         following = load(jnp.minimum(index + 1, last))
-        return following, run(index, piece, following, carry)
+        return following, run(index, this, following, first_block)
 
-    _, carry = lax.fori_loop(begin, end, step, (load(begin), init))
-    return begin, end, carry
+    lax.fori_loop(begin, end, step, (load(begin), jnp.int32(0)))
 
 
 # -- warpgroup roles ---------------------------------------------------------------------------------------------
@@ -120,8 +118,12 @@ def _set_registers(count):
     plgpu.set_max_registers(count, action="increase" if count > mgpu.MAX_REGISTERS // 3 else "decrease")
 
 
+def _zeros(shape):
+    return plgpu.layout_cast(jnp.zeros(shape, jnp.float32), WGMMA if len(shape) == 2 else WGMMA_ROW)
+
+
 def _softmax_warpgroup(
-    q_gmem, parts, pieces, lengths, scale, sink, out, lse, partial_out, partial_lse,
+    q_gmem, parts, pieces, lengths, scale, sink, results,
     *, fmt, num_heads, config, ops, q, kv, p, rows, q_ready, full, empty, p_ready, p_free,
 ):  # fmt: skip
     """Scores, softmax and the left half of O."""
@@ -133,132 +135,105 @@ def _softmax_warpgroup(
     for stage in range(STAGES):
         plgpu.barrier_arrive(empty.at[stage])
 
-    def load_q(item):
-        plgpu.copy_gmem_to_smem(q_gmem.at[pl.ds(item * q_rows + tile * TILE_HEADS, TILE_HEADS)], q.at[0], q_ready)
+    def load_q(item, count):
+        @pl.when(count > 0)
+        def _():
+            first = item * q_rows + tile * TILE_HEADS
+            plgpu.copy_gmem_to_smem(q_gmem.at[pl.ds(first, TILE_HEADS)], q.at[0], q_ready)
 
     def scores(s_ref, stage, i):
-        plgpu.wgmma(s_ref, q.at[mgpu.opaque_zero(i)], plgpu.transpose_ref(kv.at[stage], (1, 0)))
-
-    def zeros(shape):
-        return plgpu.layout_cast(jnp.zeros(shape, jnp.float32), WGMMA if len(shape) == 2 else WGMMA_ROW)
+        plgpu.wgmma(s_ref, q.at[mgpu.opaque_zero(i)], kv.at[stage].transpose((1, 0)))
 
     def block(i, carry, first_block, last=False):
         """One block: softmax of its scores, then O += P V while the next block's scores are computed."""
         acc, s, top, total = carry  # [64, d_v / 2], [64, 64], [64], [64]
         stage = lax.rem(first_block + i, jnp.int32(STAGES))
+        following = lax.rem(first_block + i + 1, jnp.int32(STAGES))
         bias = plgpu.load(rows.at[BIAS_ROW + stage], layout=WGMMA_COLUMN)  # [64 keys]
         s = s * scale2 + lax.broadcast_in_dim(bias, s.shape, [1])
         new_top = jnp.maximum(top, s.max(axis=1))
         rescale = jnp.exp2(top - new_top)
-        probabilities = jnp.exp2(s - rows_to_tile(new_top, s.shape))
-        total = total * rescale + probabilities.sum(axis=1)
-        probabilities = probabilities.astype(jnp.bfloat16)
+        weights = jnp.exp2(s - rows_to_tile(new_top, s.shape))
+        probabilities = weights.astype(jnp.bfloat16)
         plgpu.barrier_wait(p_free)
         p[...] = probabilities
         rows[RESCALE_ROW] = rescale
+        ops.publish_smem()
         plgpu.barrier_arrive(p_ready)
         acc = acc * rows_to_tile(rescale, acc.shape)
-        v = kv.at[stage, :, pl.ds(0, half)]
+        total = total * rescale + weights.sum(axis=1)
+
+        def products(acc_ref, s_ref=None):
+            plgpu.wgmma(acc_ref, probabilities, kv.at[stage, :, pl.ds(0, half)])
+            if not last:
+                plgpu.barrier_wait(full.at[following])
+                scores(s_ref, following, i)
+                plgpu.wgmma_wait(1)
+                plgpu.barrier_arrive(empty.at[stage])
+
         if last:
-
-            def products(acc_ref):
-                plgpu.wgmma(acc_ref, probabilities, v)
-
             acc = pl.run_state(products)(plgpu.ACC.init(acc))
             plgpu.barrier_arrive(empty.at[stage])
             return acc, new_top, total
-
-        def products(refs):
-            acc_ref, s_ref = refs
-            plgpu.wgmma(acc_ref, probabilities, v)
-            following = lax.rem(first_block + i + 1, jnp.int32(STAGES))
-            plgpu.barrier_wait(full.at[following])
-            scores(s_ref, following, i)
-            plgpu.wgmma_wait(1)
-            plgpu.barrier_arrive(empty.at[stage])
-
-        acc, s = pl.run_state(products)((plgpu.ACC.init(acc), plgpu.ACC.init(zeros((TILE_HEADS, BLOCK_TOKENS)))))
+        accumulators = (plgpu.ACC.init(acc), plgpu.ACC.init(_zeros((TILE_HEADS, BLOCK_TOKENS))))
+        acc, s = pl.run_state(lambda refs: products(*refs))(accumulators)
         return acc, s, new_top, total
+
+    def attend(index, this, following, first_block):
+        item, _, count, _, siblings = this
+        plgpu.barrier_wait(q_ready)
+        stage = lax.rem(first_block, jnp.int32(STAGES))
+        plgpu.barrier_wait(full.at[stage])
+        s = pl.run_state(lambda s_ref: scores(s_ref, stage, index))(
+            plgpu.ACC.init(_zeros((TILE_HEADS, BLOCK_TOKENS)))
+        )
+        top = plgpu.layout_cast(jnp.full((TILE_HEADS,), LOWEST, jnp.float32), WGMMA_ROW)
+        carry = (_zeros((TILE_HEADS, half)), s, top, _zeros((TILE_HEADS,)))
+        carry = lax.fori_loop(0, count - 1, functools.partial(block, first_block=first_block), carry)
+        load_q(*following)  # the last scores are here, so Q may go
+        acc, top, total = block(count - 1, carry, first_block, last=True)
+        has_keys = total != 0  # NaN counts as a key
+        some = jnp.where(has_keys, total, 1.0)
+        factor = jnp.where(has_keys, 1.0 / some, 0.0)
+        lse2 = jnp.where(has_keys, top + jnp.log2(some), -jnp.inf)
+        if sink is not None:
+            logit = plgpu.load(sink.at[pl.ds(tile * TILE_HEADS, TILE_HEADS)], layout=WGMMA_ROW, optimized=False)
+            with_sink = factor / (1.0 + jnp.exp2(logit * mgpu.LOG2_E - lse2))
+            whole = lax.broadcast_in_dim(siblings == 1, factor.shape, [])
+            factor = jnp.where(whole & has_keys, with_sink, factor)  # partial results come without it
+        plgpu.barrier_wait(p_free)
+        rows[FACTOR_ROW] = factor
+        plgpu.barrier_arrive(p_ready)
+        results.store(acc * rows_to_tile(factor, acc.shape), index, item, siblings, tile, 0)
+        results.store_lse(lse2, index, item, siblings, tile)
 
     def piece(index, this, following, first_block):
         item, _, count, _, siblings = this
+        after = (following[0], jnp.where(index + 1 < end, following[2], 0))
 
         @pl.when(count > 0)
-        def _():
-            plgpu.barrier_wait(q_ready)
-            stage = lax.rem(first_block, jnp.int32(STAGES))
-            plgpu.barrier_wait(full.at[stage])
-            s = pl.run_state(lambda s_ref: scores(s_ref, stage, index))(
-                plgpu.ACC.init(zeros((TILE_HEADS, BLOCK_TOKENS)))
-            )
-            top = plgpu.layout_cast(jnp.full((TILE_HEADS,), LOWEST, jnp.float32), WGMMA_ROW)
-            carry = (zeros((TILE_HEADS, half)), s, top, zeros((TILE_HEADS,)))
-            carry = lax.fori_loop(0, count - 1, functools.partial(block, first_block=first_block), carry)
-
-            # The last scores are here, so Q may go.
-            @pl.when((index + 1 < end) & (following[2] > 0))
-            def _():
-                load_q(following[0])
-
-            acc, top, total = block(count - 1, carry, first_block, last=True)
-            has_keys = total != 0  # NaN counts as a key
-            safe = jnp.where(has_keys, total, 1.0)
-            factor = jnp.where(has_keys, 1.0 / safe, 0.0)
-            lse2 = jnp.where(has_keys, top + jnp.log2(safe), -jnp.inf)
-            if sink is not None:
-                logit = plgpu.load(sink.at[pl.ds(tile * TILE_HEADS, TILE_HEADS)], layout=WGMMA_ROW, optimized=False)
-                with_sink = factor / (1.0 + jnp.exp2(logit * mgpu.LOG2_E - lse2))
-                whole = lax.broadcast_in_dim(siblings == 1, factor.shape, [])
-                factor = jnp.where(whole & has_keys, with_sink, factor)  # partial results come without it
-            plgpu.barrier_wait(p_free)
-            rows[FACTOR_ROW] = factor
-            plgpu.barrier_arrive(p_ready)
-            acc = acc * rows_to_tile(factor, acc.shape)
-
-            @pl.when(siblings == 1)
-            def _():
-                ops.store_rows(acc, out, item, tile, 0, num_heads)
-                ops.store_row_values(lse2 * mgpu.LN_2, lse, item, tile, num_heads)
-
-            @pl.when(siblings != 1)
-            def _():
-                ops.store_rows(acc, partial_out, index, tile, 0, num_heads)
-                ops.store_row_values(lse2, partial_lse, index, tile, num_heads)
+        def _some():
+            attend(index, this, after, first_block)
 
         @pl.when(count == 0)
-        def _():
-            _store_nothing(index, item, siblings, tile, 0, half, num_heads, ops, out, partial_out)
-            minus_infinity = plgpu.layout_cast(jnp.full((TILE_HEADS,), -jnp.inf, jnp.float32), WGMMA_ROW)
-
-            @pl.when(siblings == 1)
-            def _():
-                ops.store_row_values(minus_infinity, lse, item, tile, num_heads)
-
-            @pl.when(siblings != 1)
-            def _():
-                ops.store_row_values(minus_infinity, partial_lse, index, tile, num_heads)
-
-            @pl.when((index + 1 < end) & (following[2] > 0))
-            def _():
-                load_q(following[0])
+        def _none():
+            results.store(_zeros((TILE_HEADS, half)), index, item, siblings, tile, 0)
+            nothing = plgpu.layout_cast(jnp.full((TILE_HEADS,), -jnp.inf, jnp.float32), WGMMA_ROW)
+            results.store_lse(nothing, index, item, siblings, tile)
+            load_q(*after)
 
         return first_block + count
 
     part = lax.axis_index("part")
     begin, end = parts[part], parts[part + 1]
     item, _, count, _, _ = _piece(begin, pieces, lengths)
-
-    @pl.when((begin < end) & (count > 0))
-    def _():
-        load_q(item)
-
-    _pieces_of_part(parts, pieces, lengths, piece, jnp.int32(0))
+    load_q(item, jnp.where(begin < end, count, 0))
+    _pieces_of_part(parts, pieces, lengths, piece)
     plgpu.barrier_wait(p_free)  # drains it
 
 
 def _value_warpgroup(
-    parts, pieces, lengths, out, partial_out,
-    *, fmt, num_heads, config, ops, kv, p, rows, empty, p_ready, p_free,
+    parts, pieces, lengths, results, *, fmt, config, kv, p, rows, empty, p_ready, p_free
 ):  # fmt: skip
     """The right half of O."""
     _set_registers(config.value_registers)
@@ -271,15 +246,14 @@ def _value_warpgroup(
     def block(i, acc, first_block):
         stage = lax.rem(first_block + i, jnp.int32(STAGES))
         plgpu.barrier_wait(p_ready)
-        probabilities = plgpu.load(p, layout=WGMMA)  # [64 heads, 64 keys]
         rescale = plgpu.load(rows.at[RESCALE_ROW], layout=WGMMA_ROW)  # [64]
-        plgpu.barrier_arrive(p_free)
         acc = acc * rows_to_tile(rescale, acc.shape)
 
         def products(acc_ref):
-            plgpu.wgmma(acc_ref, probabilities, kv.at[stage, :, pl.ds(half, half)])
+            plgpu.wgmma(acc_ref, p, kv.at[stage, :, pl.ds(half, half)])  # P from memory: it saves 16 registers
 
         acc = pl.run_state(products)(plgpu.ACC.init(acc))
+        plgpu.barrier_arrive(p_free)
         plgpu.barrier_arrive(empty.at[stage])
         return acc
 
@@ -288,83 +262,84 @@ def _value_warpgroup(
         item, _, count, _, siblings = this
 
         @pl.when(count > 0)
-        def _():
-            acc = plgpu.layout_cast(jnp.zeros((TILE_HEADS, half), jnp.float32), WGMMA)
-            acc = lax.fori_loop(0, count, functools.partial(block, first_block=first_block), acc)
+        def _some():
+            acc = lax.fori_loop(0, count, functools.partial(block, first_block=first_block), _zeros((TILE_HEADS, half)))
             plgpu.barrier_wait(p_ready)
             factor = plgpu.load(rows.at[FACTOR_ROW], layout=WGMMA_ROW)  # [64]
             plgpu.barrier_arrive(p_free)
-            acc = acc * rows_to_tile(factor, acc.shape)
-
-            @pl.when(siblings == 1)
-            def _():
-                ops.store_rows(acc, out, item, tile, half, num_heads)
-
-            @pl.when(siblings != 1)
-            def _():
-                ops.store_rows(acc, partial_out, index, tile, half, num_heads)
+            results.store(acc * rows_to_tile(factor, acc.shape), index, item, siblings, tile, half)
 
         @pl.when(count == 0)
-        def _():
-            _store_nothing(index, item, siblings, tile, half, half, num_heads, ops, out, partial_out)
+        def _none():
+            results.store(_zeros((TILE_HEADS, half)), index, item, siblings, tile, half)
 
         return first_block + count
 
-    _pieces_of_part(parts, pieces, lengths, piece, jnp.int32(0))
+    _pieces_of_part(parts, pieces, lengths, piece)
 
 
-def _gather_warpgroup(
-    data, indices, parts, pieces, lengths, *, scopes, config, ops, kv, rows, full, empty
-):
+def _gather_warpgroup(data, indices, parts, pieces, lengths, *, scopes, config, ops, kv, rows, full, empty):
     """Keys of every block of every piece, scope after scope."""
     _set_registers(config.gather_registers)
     ops.init_gather(rows)
+
+    def gather(k, scope, item, blocks, first_number):
+        """Blocks [begin, end) of one scope; the first is the CTA's block `first_number`."""
+        begin, end = blocks
+
+        def load(j):
+            slots = ops.load_slots(indices[k], item, j, lengths[k](item), scope)
+            return slots, ops.load_ahead(data[k], slots, scope, config.ahead)
+
+        def block(j, carry):
+            slots, loaded = carry
+            number = first_number + (j - begin)
+            stage = lax.rem(number, jnp.int32(STAGES))
+            plgpu.barrier_wait(empty.at[stage])
+            ops.start_block(data[k], slots, kv, rows, stage, scope, config.ahead)
+            next_slots = ops.load_slots(indices[k], item, j + 1, lengths[k](item), scope)
+            parity = lax.rem(number, jnp.int32(2))
+            ops.finish_block(slots, loaded, kv, rows, stage, parity, scope, config.ahead)
+            plgpu.barrier_arrive(full.at[stage])
+            return next_slots, ops.load_ahead(data[k], next_slots, scope, config.ahead)
+
+        @pl.when(begin < end)
+        def _():
+            lax.fori_loop(begin, end, block, load(begin))
 
     def piece(index, this, following, first_block):
         del index, following
         item, begin, count, main_blocks, _ = this
         for k, scope in enumerate(scopes):
             before = main_blocks if k else 0  # blocks of the item in front of this scope
-            length = lengths[k](item)
             first = jnp.maximum(begin - before, 0)
-            behind = jnp.minimum(begin + count - before, _num_blocks(length))
-            load_slots = functools.partial(ops.load_slots, indices[k], item, length=length, scope=scope)
-
-            def block(j, slots, k=k, scope=scope, before=before, load_slots=load_slots):
-                number = first_block + (j + before - begin)  # of the CTA's blocks
-                stage = lax.rem(number, jnp.int32(STAGES))
-                plgpu.barrier_wait(empty.at[stage])
-                extra = ops.start_block(data[k], slots, kv, rows, stage, scope, config.copy)
-                following = load_slots(block=j + 1)
-                if config.prefetch:
-                    ops.prefetch(data[k], following, scope)
-                parity = lax.rem(number, jnp.int32(2))
-                ops.finish_block(slots, extra, kv, rows, stage, parity, scope, config.copy)
-                plgpu.barrier_arrive(full.at[stage])
-                return following
-
-            @pl.when(first < behind)
-            def _(first=first, behind=behind, block=block, load_slots=load_slots):
-                lax.fori_loop(first, behind, block, load_slots(block=first))
-
+            behind = jnp.minimum(begin + count - before, _num_blocks(lengths[k](item)))
+            gather(k, scope, item, (first, behind), first_block + (first + before - begin))
         return first_block + count
 
-    _pieces_of_part(parts, pieces, lengths, piece, jnp.int32(0))
+    _pieces_of_part(parts, pieces, lengths, piece)
     for stage in range(STAGES):
         plgpu.barrier_wait(empty.at[stage])  # drains it
 
 
-def _store_nothing(index, item, siblings, tile, column, width, num_heads, ops, out, partial_out):
-    """Zeros: what a piece without keys adds."""
-    nothing = plgpu.layout_cast(jnp.zeros((TILE_HEADS, width), jnp.float32), WGMMA)
+class _Results:
+    """Where a piece's results go: `out` and `lse` if it is all of its item, else its place among the partial ones."""
 
-    @pl.when(siblings == 1)
-    def _():
-        ops.store_rows(nothing, out, item, tile, column, num_heads)
+    def __init__(self, refs, num_heads, ops):
+        self._out, self._lse, self._partial_out, self._partial_lse2 = refs
+        self._num_heads, self._ops = num_heads, ops
 
-    @pl.when(siblings != 1)
-    def _():
-        ops.store_rows(nothing, partial_out, index, tile, column, num_heads)
+    def store(self, x, index, item, siblings, tile, column):
+        """x [64, n], columns from `column` on."""
+        store = functools.partial(self._ops.store_rows, x, tile=tile, column=column, num_rows=self._num_heads)
+        pl.when(siblings == 1)(lambda: store(out=self._out, index=item))
+        pl.when(siblings != 1)(lambda: store(out=self._partial_out, index=index))
+
+    def store_lse(self, lse2, index, item, siblings, tile):
+        """lse2 [64], in base 2 as the partial ones stay."""
+        store = functools.partial(self._ops.store_row_values, tile=tile, num_rows=self._num_heads)
+        pl.when(siblings == 1)(lambda: store(lse2 * mgpu.LN_2, out=self._lse, index=item))
+        pl.when(siblings != 1)(lambda: store(lse2, out=self._partial_lse2, index=index))
 
 
 # -- host --------------------------------------------------------------------------------------------------------
@@ -401,8 +376,8 @@ def sparse_decode(
       sm_scale: softmax scale; a float or a float32 scalar.
       topk_length: int32 `[b, s_q]`: only so many of the leftmost indices count; clamped to [0, topk]. None: all.
       attn_sink: float32 `[h]`, a logit without a value; -inf is none. Not part of the LSE.
-      extra_data, extra_fmt, extra_page_size, extra_indices, extra_topk_length: a second cache with its own format (equal
-        d_qk and d_v), page size, indices and lengths, under the same softmax. All or none.
+      extra_data, extra_fmt, extra_page_size, extra_indices, extra_topk_length: a second cache with its own format
+        (equal d_qk and d_v), page size, indices and lengths, under the same softmax. All or none.
       config: tuning; None chooses.
       interpret: Pallas' GPU interpreter parameters, for tests.
 
@@ -448,32 +423,33 @@ def sparse_decode(
     ops = dequant.operations(interpret)
 
     def kernel(*refs, q, kv, p, rows, q_ready, full, empty, p_ready, p_free):
-        out, lse, partial_out, partial_lse = refs[len(leaves) :]
+        results = _Results(refs[len(leaves) :], num_heads, ops)
         given = jax.tree.unflatten(structure, refs[: len(leaves)])
         parts, pieces = given["parts"], given["pieces"]
         lengths = [_length(ref, scope.topk) for ref, scope in zip(given["lengths"], scopes, strict=True)]
-        common = dict(config=config, ops=ops, kv=kv, rows=rows, empty=empty)
         wg = lax.axis_index("wg")
 
         @pl.when(wg == SOFTMAX)
-        def _():
+        def _softmax():
             _softmax_warpgroup(
-                given["q_gmem"], parts, pieces, lengths, given["scale"], given["sink"], out, lse, partial_out,
-                partial_lse, fmt=fmt, num_heads=num_heads, q=q, p=p, q_ready=q_ready, full=full, p_ready=p_ready, p_free=p_free, **common,
+                given["q_gmem"], parts, pieces, lengths, given["scale"], given["sink"], results, fmt=fmt,
+                num_heads=num_heads, config=config, ops=ops, q=q, kv=kv, p=p, rows=rows, q_ready=q_ready, full=full,
+                empty=empty, p_ready=p_ready, p_free=p_free,
             )  # fmt: skip
 
         @pl.when(wg == VALUE)
-        def _():
+        def _value():
             _value_warpgroup(
-                parts, pieces, lengths, out, partial_out, fmt=fmt, num_heads=num_heads, p=p, p_ready=p_ready,
-                p_free=p_free, **common,
+                parts, pieces, lengths, results, fmt=fmt, config=config, kv=kv, p=p, rows=rows, empty=empty,
+                p_ready=p_ready, p_free=p_free,
             )  # fmt: skip
 
         @pl.when(wg == GATHER)
-        def _():
+        def _gather():
             _gather_warpgroup(
-                given["data"], given["indices"], parts, pieces, lengths, scopes=scopes, full=full, **common
-            )
+                given["data"], given["indices"], parts, pieces, lengths, scopes=scopes, config=config, ops=ops, kv=kv,
+                rows=rows, full=full, empty=empty,
+            )  # fmt: skip
 
     shape = jax.ShapeDtypeStruct
     out, lse, partial_out, partial_lse = plgpu.kernel(

@@ -1,0 +1,156 @@
+"""The SM90 sparse kernel on Pallas' interpreter: results, and the order of every shared-memory access.
+
+The kernel is the shipped one; `dequant.SparseInterpreted` and `mgpu.Interpreted` list what stands in for PTX. Each
+interpreted CTA takes seconds, so the cases are few and small.
+"""
+
+import inspect
+import types
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import mla_jax
+from mla_jax import reference
+from pallas_kernels import schedule
+from pallas_kernels.sparse_decode import sm90
+from tests import golden_files, samples
+from tests.kernels import interpreter
+
+FEW_SMS = 3  # parts of several pieces, items of several pieces
+
+
+def decode(call, *, num_sms=FEW_SMS, module=sm90):
+    """`sparse_mla_decode`'s arguments, through the kernel: (out, lse)."""
+    cache, extra = call["cache"], call.get("extra_cache")
+    b, s_q, h, _ = call["q"].shape
+
+    def length(name):
+        x = call.get(name)
+        return None if x is None else jnp.broadcast_to(jnp.asarray(x).reshape(b, -1), (b, s_q))
+
+    def run():
+        plan = schedule.plan_sparse_decode(
+            call["indices"].shape[-1], batch=b, s_q=s_q, num_heads=h, topk_length=length("topk_length"),
+            extra_topk=0 if extra is None else call["extra_indices"].shape[-1],
+            extra_topk_length=length("extra_topk_length"), num_sms=num_sms,
+        )  # fmt: skip
+        more = {}
+        if extra is not None:
+            more = dict(
+                extra_data=extra.data, extra_fmt=extra.format, extra_page_size=extra.page_size,
+                extra_indices=call["extra_indices"], extra_topk_length=length("extra_topk_length"),
+            )  # fmt: skip
+        return module.sparse_decode(
+            call["q"], cache.data, cache.format, cache.page_size, call["indices"], plan, call["sm_scale"],
+            topk_length=length("topk_length"), attn_sink=call.get("attn_sink"),
+            interpret=interpreter.parameters(), **more,
+        )  # fmt: skip
+
+    return interpreter.run(run)
+
+
+def check(call, **kwargs):
+    got = decode(call, **kwargs)
+    samples.assert_equal_results(got, reference.sparse_mla_decode(**call), call["cache"].format)
+
+
+def golden_call(name):
+    x, fmt = golden_files.load(name), golden_files.sparse_format(name)
+    names = ("indices", "topk_length", "attn_sink", "extra_indices", "extra_topk_length")
+    call = {k: jnp.asarray(x[k]) for k in names if k in x}
+    call["q"] = golden_files.bf16(x["q"])
+    call["cache"] = mla_jax.PagedKVCache(jnp.asarray(x["cache"]), fmt, int(x["page_size"]))
+    if "extra_cache" in x:
+        call["extra_cache"] = mla_jax.PagedKVCache(jnp.asarray(x["extra_cache"]), fmt, int(x["extra_page_size"]))
+    call["sm_scale"] = float(x["softmax_scale"])
+    return call, x["out"], x["lse"]
+
+
+def every_index(fmt, **shapes):
+    """One query that all its indices count for."""
+    rng = np.random.default_rng(0)
+    call = samples.sparse_call(rng, fmt, b=1, s_q=1, **shapes)
+    del call["topk_length"]
+    return call | {"cache": samples.random_cache(rng, fmt, 9, 7)}
+
+
+QUICK = ("v32_sink_topk_length", "garbage_model1")
+
+
+@pytest.mark.parametrize(
+    "name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in golden_files.SPARSE]
+)
+def test_golden(name):
+    # FlashMLA's tolerance per element is for hundreds of keys; P's rounding to bf16 averages out less over a few dozen.
+    call, want_out, want_lse = golden_call(name)
+    out, lse = decode(call)
+    assert samples.relative_error(out, want_out) < 4e-3
+    np.testing.assert_allclose(golden_files.flash_lse(lse), want_lse, rtol=1e-5, atol=1e-5)
+
+
+def test_many_blocks_one_item_in_pieces():
+    """Stages are reused, and the combine kernel merges."""
+    check(every_index(mla_jax.MODEL1, h=8, topk=470))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fmt, extra_fmt", [*samples.PAIRS[:4], (mla_jax.BF16_512, mla_jax.MODEL1)])
+def test_pairs_of_formats(fmt, extra_fmt):
+    check(samples.sparse_call(np.random.default_rng(1), fmt, extra_fmt, b=2, s_q=1, topk=75, extra_topk=70))
+
+
+@pytest.mark.slow
+def test_two_tiles_of_heads():
+    check(samples.sparse_call(np.random.default_rng(2), mla_jax.V32, b=1, s_q=2, h=72, topk=130))
+
+
+# -- planted mistakes ------------------------------------------------------------------------------------------------
+
+PLANTED = {
+    "P is handed over before it is written": (
+        "        p[...] = probabilities\n        rows[RESCALE_ROW] = rescale\n        plgpu.barrier_arrive(p_ready)\n",
+        "        plgpu.barrier_arrive(p_ready)\n        p[...] = probabilities\n        rows[RESCALE_ROW] = rescale\n",
+    ),
+    "P is overwritten without waiting for its reader": (
+        "        plgpu.barrier_wait(p_free)\n        p[...] = probabilities\n",
+        "        p[...] = probabilities\n        plgpu.barrier_wait(p_free)\n",
+    ),
+    "P is given back before it is read": (
+        "        plgpu.barrier_wait(p_ready)\n        probabilities = plgpu.load(p, layout=WGMMA)",
+        "        plgpu.barrier_wait(p_ready)\n        plgpu.barrier_arrive(p_free)\n"
+        "        probabilities = plgpu.load(p, layout=WGMMA)",
+    ),
+    "a stage is refilled while it is read": (
+        "            plgpu.barrier_wait(empty.at[stage])\n"
+        "            ops.start_block(data[k], slots, kv, rows, stage, scope, config.ahead)\n",
+        "            ops.start_block(data[k], slots, kv, rows, stage, scope, config.ahead)\n"
+        "            plgpu.barrier_wait(empty.at[stage])\n",
+    ),
+    "a stage is announced before it is full": (
+        "            ops.finish_block(slots, loaded, kv, rows, stage, parity, scope, config.ahead)\n"
+        "            plgpu.barrier_arrive(full.at[stage])\n",
+        "            plgpu.barrier_arrive(full.at[stage])\n"
+        "            ops.finish_block(slots, loaded, kv, rows, stage, parity, scope, config.ahead)\n",
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    "what", [w if n in (0, 3) else pytest.param(w, marks=pytest.mark.slow) for n, w in enumerate(PLANTED)]
+)
+def test_planted_mistake_is_found(what):
+    source = inspect.getsource(sm90)
+    right, wrong = PLANTED[what]
+    assert source.count(right) == 1, "the kernel has changed; plant the mistake anew"
+    source = source.replace(right, wrong)
+    if what == "P is given back before it is read":  # and not a second time after
+        late = "        plgpu.barrier_arrive(p_free)\n        acc = acc * rows_to_tile(rescale, acc.shape)\n"
+        assert source.count(late) == 1
+        source = source.replace(late, late.split("\n", 1)[1])
+    module = types.ModuleType("planted")
+    exec(compile(source, "planted", "exec"), module.__dict__)
+    call = every_index(mla_jax.MODEL1, h=4, topk=300)
+    with pytest.raises(interpreter.RaceFound):
+        decode(call, num_sms=1, module=module)
