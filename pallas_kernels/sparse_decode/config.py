@@ -26,10 +26,10 @@ class SparseConfig:
       softmax_registers, value_registers, gather_registers: registers a thread of the three warpgroups.
     """
 
-    ahead: int = 1
+    ahead: int = 0
     softmax_registers: int = 208
-    value_registers: int = 160
-    gather_registers: int = 136
+    value_registers: int = 176
+    gather_registers: int = 120
 
     def __post_init__(self) -> None:
         if self.ahead not in (0, 1, 2):

@@ -158,7 +158,6 @@ def _softmax_warpgroup(
         plgpu.barrier_wait(p_free)
         p[...] = probabilities
         rows[RESCALE_ROW] = rescale
-        ops.publish_smem()
         plgpu.barrier_arrive(p_ready)
         acc = acc * rows_to_tile(rescale, acc.shape)
         total = total * rescale + weights.sum(axis=1)
@@ -246,14 +245,15 @@ def _value_warpgroup(
     def block(i, acc, first_block):
         stage = lax.rem(first_block + i, jnp.int32(STAGES))
         plgpu.barrier_wait(p_ready)
+        probabilities = plgpu.load(p, layout=WGMMA)  # [64 heads, 64 keys]
         rescale = plgpu.load(rows.at[RESCALE_ROW], layout=WGMMA_ROW)  # [64]
+        plgpu.barrier_arrive(p_free)
         acc = acc * rows_to_tile(rescale, acc.shape)
 
         def products(acc_ref):
-            plgpu.wgmma(acc_ref, p, kv.at[stage, :, pl.ds(half, half)])  # P from memory: it saves 16 registers
+            plgpu.wgmma(acc_ref, probabilities, kv.at[stage, :, pl.ds(half, half)])
 
         acc = pl.run_state(products)(plgpu.ACC.init(acc))
-        plgpu.barrier_arrive(p_free)
         plgpu.barrier_arrive(empty.at[stage])
         return acc
 
