@@ -6,9 +6,9 @@ without any other warp. Raw rows (656 or 576 bytes) have no buffer of their own:
 
 * The first `ahead` groups travel through registers. They are loaded while the previous block's products run, before
   their stage is free.
-* The others are copied to the beginning of their own memory (8 * d_qk * 2 bytes, nearly twice as much) once the stage is
-  free, one `cp.async.bulk` a row. The warp reads all raw bytes of a group into registers, then overwrites them with the
-  dequantised values.
+* The others are copied to the beginning of their own memory (8 * d_qk * 2 bytes, nearly twice as much) once the stage
+  is free, one `cp.async.bulk` a row. The warp reads all raw bytes of a group into registers, then overwrites them with
+  the dequantised values.
 
 Lane l works on row l % 8 of the group and on 16-byte chunks l // 8, l // 8 + 4, ...; with raw rows an odd number of
 chunks apart, reads of raw bytes and writes of swizzled values are free of bank conflicts.
@@ -66,7 +66,7 @@ RAW_ROWS = plgpu.Layout.TILED(
 )
 SPLAT = plgpu.Layout.WG_SPLAT
 REF = plgpu.RefType()
-TILES = plgpu.RefType((plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)))
+TILES = plgpu.RefType(mgpu.tile((GROUP_ROWS, COLUMN_TILE)).transforms)
 
 
 # -- address arithmetic, inside inline_mgpu functions ------------------------------------------------------------
@@ -81,7 +81,7 @@ def _i64() -> ir.Type:
 
 
 def _int(value: int, like: ir.Type) -> ir.Value:
-    return arith.constant(like, ir.IntegerAttr.get(like, value))
+    return mosaic.utils.c(value, like)
 
 
 def _add(x: ir.Value, y: ir.Value | int) -> ir.Value:
@@ -288,7 +288,7 @@ class SparseHardware(mgpu.Hardware):
         return load(indices, item, block, length)
 
     def load_ahead(self, data, slots, scope: Scope, ahead: int) -> tuple[jax.Array, ...]:
-        """Loads what may come before a block's stage is free: its first groups' raw rows; scales kept apart (MODEL1)."""
+        """Loads what may come before a block's stage is free: first groups' raw rows; scales kept apart (MODEL1)."""
         if not scope.fmt.is_quantized:
             return ()
         offsets = _raw_offsets(scope)

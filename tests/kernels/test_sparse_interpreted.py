@@ -18,6 +18,13 @@ from pallas_kernels.sparse_decode import sm90
 from tests import golden_files, samples
 from tests.kernels import interpreter
 
+PAIRS = [
+    (mla_jax.BF16_576, mla_jax.V32),
+    (mla_jax.V32, mla_jax.BF16_576),
+    (mla_jax.MODEL1, mla_jax.MODEL1),
+    (mla_jax.MODEL1, mla_jax.BF16_512),
+    (mla_jax.BF16_512, mla_jax.MODEL1),
+]
 FEW_SMS = 3  # parts of several pieces, items of several pieces
 
 
@@ -96,7 +103,7 @@ def test_many_blocks_one_item_in_pieces():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fmt, extra_fmt", [*samples.PAIRS[:4], (mla_jax.BF16_512, mla_jax.MODEL1)])
+@pytest.mark.parametrize("fmt, extra_fmt", PAIRS)
 def test_pairs_of_formats(fmt, extra_fmt):
     check(samples.sparse_call(np.random.default_rng(1), fmt, extra_fmt, b=2, s_q=1, topk=75, extra_topk=70))
 

@@ -1,0 +1,148 @@
+"""What Pallas' GPU interpreter (jax 0.11.2 to 0.12.0) lacks, for tests only.
+
+`extended()` patches, for the time of a `with` block:
+
+1. `pl.run_state(f)(plgpu.ACC.init(x))`: becomes x plus what `f` adds to an accumulator of zeros.
+2. `plgpu.wgmma` with its left operand in registers.
+3. Race checks of what wgmma reads from shared memory (upstream checks TMA and plain accesses only). A product is taken
+   to be awaited at once: overlap that `wgmma_wait(n > 0)` allows is not modelled.
+
+`run()` calls a kernel under it with race detection on, and fails if a race was seen.
+"""
+
+import contextlib
+import functools
+from unittest import mock
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+import numpy as np
+from jax._src import callback
+from jax._src.pallas.mosaic_gpu import core as gpu_core
+from jax._src.pallas.mosaic_gpu.interpret import (
+    gpu_callbacks,
+    interpret_pallas_call,
+    jaxpr_interpret,
+    shared_memory,
+)
+from jax._src.state import types as state_types
+
+
+class RaceFound(AssertionError):
+    pass
+
+
+def parameters() -> plgpu.InterpretGPUParams:
+    return plgpu.InterpretGPUParams(detect_races=True)
+
+
+@contextlib.contextmanager
+def extended():
+    interpreter = jaxpr_interpret.JaxprInterpreter
+    with (
+        mock.patch.object(pl, "run_state", functools.partial(_run_state, pl.run_state)),
+        mock.patch.object(interpreter, "_interpret_wgmma_ref_p", _interpret_wgmma),
+    ):
+        yield
+
+
+def run(function, *args):
+    """function(*args), compiled and interpreted; raises RaceFound if two accesses were not ordered."""
+    detectors = []  # one a kernel: jax itself remembers the last kernel's only
+    make = gpu_callbacks.GPURaceDetectionState
+
+    def remember(*args, **kwargs):
+        detectors.append(make(*args, **kwargs))
+        return detectors[-1]
+
+    try:
+        with extended(), mock.patch.object(gpu_callbacks, "GPURaceDetectionState", remember):
+            result = jax.block_until_ready(jax.jit(function)(*args))
+        if any(detector.races_found for detector in detectors):
+            raise RaceFound("the interpreter saw a race")
+        return result
+    except Exception as error:
+        if "RACE DETECTED" in str(error) and not isinstance(error, RaceFound):  # jax 0.12 raises by itself
+            raise RaceFound(str(error)) from error
+        raise
+    finally:
+        interpret_pallas_call.reset_gpu_interpret_mode_state()
+
+
+def _run_state(original, function):
+    def run(initial):
+        refs = jax.tree.leaves(initial, is_leaf=lambda x: isinstance(x, gpu_core.WGMMAAccumulatorRef))
+        if not all(isinstance(ref, gpu_core.WGMMAAccumulatorRef) for ref in refs):
+            return original(function)(initial)
+        several = isinstance(initial, tuple)
+
+        def body(*accumulators):
+            function(accumulators if several else accumulators[0])
+            return tuple(accumulator[...] for accumulator in accumulators)
+
+        added = pl.run_scoped(body, *[plgpu.ACC(ref.shape, jnp.float32) for ref in refs])
+        results = tuple(ref._init + x for ref, x in zip(refs, added, strict=True))
+        return results if several else results[0]
+
+    return run
+
+
+def _read(memory, key, transforms, thread, logging_info, source_info):
+    key = gpu_callbacks.HostAllocationKey.from_array(key)
+    transforms = jax.tree.map(int, gpu_callbacks._remove_noop_transforms(transforms))
+    access = memory.access(key, transforms)
+    value, _, _ = memory.get_buffer_content(key, access, thread, logging_info=logging_info)
+    if memory.detect_races:
+        clock = memory.get_clock(thread)
+        clock.inc(memory.get_next_tma_thread_id())
+        gpu_callbacks.get_races().check_read(
+            thread, clock.async_smem_clock.copy(), key, access, source_info=source_info
+        )
+        with memory.lock:
+            memory.clocks[thread].update(clock)
+    return value
+
+
+@gpu_callbacks.fail_on_exception
+def _wgmma(
+    *, token, mesh_location, thread, acc_key, acc_transforms, a, a_transforms, a_is_ref, b_key, b_transforms,
+    source_info,
+):  # fmt: skip
+    memory = gpu_callbacks._get_shared_memory()
+    logging_info = shared_memory.GPULoggingInfo(mesh_location, thread, source_info)
+    read = functools.partial(
+        _read, memory, thread=thread, logging_info=logging_info, source_info=source_info
+    )
+    a_value = read(a, a_transforms) if a_is_ref else np.asarray(a)
+    b_value = read(b_key, b_transforms)
+    acc_key = gpu_callbacks.HostAllocationKey.from_array(acc_key)
+    access = memory.access(acc_key, jax.tree.map(int, gpu_callbacks._remove_noop_transforms(acc_transforms)))
+    acc, _, _ = memory.get_buffer_content(acc_key, access, thread, logging_info=logging_info)
+    with np.errstate(invalid="ignore", over="ignore"):  # NaN garbage is legal input
+        product = np.matmul(a_value.astype(np.float32), b_value.astype(np.float32)).astype(acc.dtype)
+        acc = acc + product
+    memory.store_buffer_content(acc_key, access, acc, thread, logging_info=logging_info)
+    return token
+
+
+def _interpret_wgmma(self, eqn, token, get_invals):
+    acc, a, b, *leaves = get_invals()
+    empty = jax.tree.structure([])
+    trees = [eqn.params[f"{name}_transforms_tree"] or empty for name in ("acc", "a", "b")]
+    acc_transforms, a_transforms, b_transforms = jax.tree.unflatten(
+        jax.tree_util.treedef_tuple(tuple(trees)), leaves
+    )
+    acc_aval, a_aval, b_aval = (var.aval for var in eqn.invars[:3])
+    a_is_ref = isinstance(a_aval, state_types.AbstractRef | gpu_core.AbstractRefUnion)
+    acc, acc_transforms = jaxpr_interpret.resolve_ref(acc_aval, acc, acc_transforms)
+    if a_is_ref:
+        a, a_transforms = jaxpr_interpret.resolve_ref(a_aval, a, a_transforms)
+    b, b_transforms = jaxpr_interpret.resolve_ref(b_aval, b, b_transforms)
+    call = functools.partial(_wgmma, source_info=eqn.source_info, a_is_ref=a_is_ref)
+    result = callback.io_callback(
+        call, gpu_callbacks.TOKEN_SHAPE_DTYPE, token=token, mesh_location=self.mesh_location, thread=self.thread,
+        acc_key=acc, acc_transforms=acc_transforms, a=a, a_transforms=a_transforms, b_key=b, b_transforms=b_transforms,
+    )  # fmt: skip
+    return result, []
