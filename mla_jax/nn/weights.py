@@ -8,7 +8,9 @@ weight = fp8 * scale (DeepSeek-V3 and V4 checkpoints; the scale tensor's own dty
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
+import math
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -99,18 +101,22 @@ def param_specs(config: V32Config | Model1Config, layer: int) -> dict[str, jax.S
 
 def init_params(config: V32Config | Model1Config, layer: int, key: jax.Array) -> Params:
     """Random parameters of one layer: projections normal with variance 1 / fan-in, norms 1, biases and sinks small."""
-    specs = param_specs(config, layer)
+    return _random(tuple(param_specs(config, layer).items()), key)
+
+
+@functools.partial(jax.jit, static_argnames="specs")
+def _random(specs: tuple[tuple[str, jax.ShapeDtypeStruct], ...], key: jax.Array) -> Params:
+    sizes = [math.prod(spec.shape) for _, spec in specs]
+    noise = jnp.split(jax.random.normal(key, sum(sizes)), np.cumsum(sizes[:-1]).tolist())  # one draw compiles fastest
     params = {}
-    for (name, spec), k in zip(specs.items(), jax.random.split(key, len(specs)), strict=True):
-        noise = jax.random.normal(k, spec.shape, jnp.float32)
-        if name.endswith("norm") or name.endswith("norm_weight"):
-            value = 1.0 + 0.1 * noise
-        elif spec.dtype == jnp.float32 and (len(spec.shape) == 1 or name.endswith("_ape")):
-            value = 0.1 * noise
-        elif name == "w_uk":  # the one weight whose input is not its last axis: [heads, nope, latent], from nope
-            value = noise * spec.shape[1] ** -0.5
-        else:
-            value = noise * spec.shape[-1] ** -0.5
+    for (name, spec), flat in zip(specs, noise, strict=True):
+        value = flat.reshape(spec.shape)
+        if name.endswith(("norm", "norm_weight")):
+            value = 1.0 + 0.1 * value
+        elif len(spec.shape) == 1 or name.endswith("_ape"):
+            value = 0.1 * value
+        else:  # fan-in is the last axis, but for w_uk [heads, nope, latent], which maps nope to latent
+            value = value * spec.shape[1 if name == "w_uk" else -1] ** -0.5
         params[name] = value.astype(spec.dtype)
     return params
 

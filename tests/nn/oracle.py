@@ -103,6 +103,8 @@ def compress(c: Model1Config, p, prefix, ratio, x):
     """x [t, hidden] -> entries before RoPE [t // ratio, d]."""
     d = p[f"{prefix}_norm"].shape[0]
     n = len(x) // ratio
+    if n == 0:
+        return np.zeros((0, d))
     kv = (x @ p[f"{prefix}_wkv"].T)[: n * ratio].reshape(n, ratio, -1)
     z = (x @ p[f"{prefix}_wgate"].T)[: n * ratio].reshape(n, ratio, -1) + p[f"{prefix}_ape"]
     if ratio == 4:  # [Ca | Cb]: Ca of the window before, Cb of this one
@@ -110,8 +112,6 @@ def compress(c: Model1Config, p, prefix, ratio, x):
         before_z = np.concatenate([np.full((1, ratio, d), -np.inf), z[:-1, :, :d]])
         kv = np.concatenate([before_kv, kv[..., d:]], axis=1)  # [n, 8, d]
         z = np.concatenate([before_z, z[..., d:]], axis=1)
-    if n == 0:
-        return np.zeros((0, d))
     weight = np.exp(z - z.max(1, keepdims=True))
     entry = (weight * kv).sum(1) / weight.sum(1)  # [n, d]
     return rms(entry, p[f"{prefix}_norm"], c.norm_eps)

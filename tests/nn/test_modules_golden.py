@@ -13,6 +13,9 @@ from mla_jax.nn import indexer, rope, topk, v32
 from mla_jax.nn.config import V32Config
 
 CASES = ("v32", *(f"model1_{case}" for case in MODEL1_CASES))
+DEFAULT_CASES = [  # the others add no mechanism; -m slow runs them
+    pytest.param(case, marks=pytest.mark.slow if case in ("model1_ratio0", "model1_ratio4") else []) for case in CASES
+]
 F32_LIMIT = 2e-5
 FP8_COSINE = 0.999
 
@@ -55,7 +58,7 @@ def test_prefill_whole(name, path):
     check(path, Runner(g.config, g.params).prefill(g.x[None])[0], g.out)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", DEFAULT_CASES)
 def test_prefill_in_chunks(name):
     """In one call that scans over chunks, and in calls of uneven lengths, padding included."""
     g = golden(name, "f32")
@@ -74,7 +77,7 @@ def test_prefill_in_chunks(name):
     check("f32", np.concatenate(outs), g.out)
 
 
-@pytest.mark.parametrize("path", ["f32", "fp8"])
+@pytest.mark.parametrize("path", ["f32", pytest.param("fp8", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", CASES)
 def test_prefill_then_decode(name, path):
     g = golden(name, path)
