@@ -4,4 +4,5 @@ import sys
 
 from mla_jax.cli import main
 
-sys.exit(main())
+if __name__ == "__main__":  # processes that `bench` starts import this too
+    sys.exit(main())

@@ -89,11 +89,11 @@ class FlashMLA:
         one(0)
         return timer.isolated(one, repeats)
 
-    def out(self) -> np.ndarray:
-        """Attention output of the first input set, float32 [b, s_q, h, d_v], from the last replay of its graph."""
-        self._graphs[0].replay()
+    def out(self, input_set: int) -> np.ndarray:
+        """Attention output of an input set: float32 [b, s_q, h, d_v]."""
+        self._graphs[input_set].replay()
         self._torch.cuda.synchronize()
-        return self._outs[0][0].float().cpu().numpy()
+        return self._outs[input_set][0].float().cpu().numpy()
 
     def _function(self, w: Workload, caches: dict, args: dict):
         match w:

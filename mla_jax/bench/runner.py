@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
+import functools
 import importlib.metadata
+import multiprocessing
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from mla_jax.bench import ceilings, timer
@@ -45,16 +48,56 @@ def _peer_version() -> str:
 
 
 def compile_chain(
-    workload: Workload, *, implementation: str | None = None, config: Any = None, calls: int | None = None
+    workload: Workload,
+    *,
+    implementation: str | None = None,
+    config: Any = None,
+    calls: int | None = None,
+    regime: str = "graph",
 ) -> timer.CompiledChain:
-    """Compiles what `measure` times, with as many calls and input sets as the timing rule asks for."""
-    is_baseline = implementation == "xla" and isinstance(workload, Dense | Sparse)
-    if calls is None:
-        calls = XLA_CALLS if is_baseline else timer.MIN_CALLS
+    """Compiles what `measure` times in a regime, with as many calls and input sets as the timing rule asks for."""
     sets = num_sets(workload, timer.l2_bytes())
-    if is_baseline:
+    is_baseline = implementation == "xla" and isinstance(workload, Dense | Sparse)
+    if regime == "isolated":
+        calls = sets = 1  # the L2 is flushed between calls
+    elif is_baseline:
+        calls = calls or XLA_CALLS
         sets = min(sets, calls)
-    return timer.compile_chain(workload, sets=sets, calls=calls, implementation=implementation, config=config)
+    options: dict[str, Any] = dict(implementation=implementation, config=config)
+    return timer.compile_chain(workload, sets=sets, calls=calls or timer.MIN_CALLS, **options)
+
+
+def compile_all(workloads: Sequence[Workload], *, jobs: int = 1, **options: Any) -> list[timer.CompiledChain | str]:
+    """Compiles each workload's chain, in `jobs` processes if above 1: tracing a kernel takes seconds of Python.
+
+    Returns the chains, or for one that failed the reason. `options` are those of `compile_chain`.
+    """
+    if jobs > 1:
+        # New processes, not forks: CUDA does not survive those. They end before anything is timed.
+        with concurrent.futures.ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
+            done = list(pool.map(functools.partial(_compile_elsewhere, **options), workloads))
+        return [
+            chain if isinstance(chain, str) else timer.deserialize_chain(workload, chain)
+            for workload, chain in zip(workloads, done, strict=True)
+        ]
+    chains: list[timer.CompiledChain | str] = []
+    for workload in workloads:
+        try:
+            chains.append(compile_chain(workload, **options))
+        except Exception as error:  # whatever a kernel raises: it belongs into the report
+            chains.append(_text(error))
+    return chains
+
+
+def _compile_elsewhere(workload: Workload, **options: Any) -> bytes | str:
+    try:
+        return compile_chain(workload, **options).serialize()
+    except Exception as error:
+        return _text(error)
+
+
+def _text(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"[:2000]
 
 
 def measure(
@@ -127,9 +170,10 @@ def _peer_for(inputs: Inputs, calls: int) -> Any:
 
 
 def _disagreement(chain: timer.Chain, theirs: Any) -> float:
-    """1 - cosine of the first outputs: 0 when both sides computed the same."""
-    ours = np.asarray(chain.first_out()[0], np.float64).ravel()
-    other = np.asarray(theirs.out(), np.float64).ravel()
+    """1 - cosine of the outputs of the chain's last call: 0 when both sides computed the same."""
+    out, _lse = chain.run()[-2:]
+    ours = np.asarray(out.astype(jnp.float32), np.float64).ravel()
+    other = np.asarray(theirs.out(chain.last_set), np.float64).ravel()
     return float(1 - 2 * (ours @ other) / max(ours @ ours + other @ other, np.finfo(np.float64).tiny))
 
 
@@ -138,28 +182,29 @@ def measure_all(
     *,
     implementation: str | None = None,
     calls: int | None = None,
+    regime: str = "graph",
     jobs: int = 1,
     on_start: Callable[[str], None] = lambda _: None,
     **options: Any,
 ) -> Iterator[Result]:
-    """Compiles every workload's chain on `jobs` threads, then measures one after the other, nothing else running.
+    """Compiles every workload's chain in `jobs` processes, then measures one after the other, nothing else running.
 
     A workload that fails gives a result that says why, and the others still run. `options` are those of `measure`;
     `on_start` is called with a line on what begins.
     """
     label = implementation or "best"
-    pool = concurrent.futures.ThreadPoolExecutor(jobs)
     on_start(f"compiling {len(workloads)}")
-    compiling = [pool.submit(compile_chain, w, implementation=implementation, calls=calls) for w in workloads]
-    concurrent.futures.wait(compiling)
-    pool.shutdown()
-    for workload, future in zip(workloads, compiling, strict=True):
+    chains = compile_all(workloads, jobs=jobs, implementation=implementation, calls=calls, regime=regime)
+    for workload, chain in zip(workloads, chains, strict=True):
         on_start(workload.name)
+        failed = Result(workload.name, regime, label)
         try:
-            result = measure(future.result(), label=label, **options)
-        except Exception as error:  # whatever a kernel raises: it belongs into the report
-            text = f"{type(error).__name__}: {error}"[:2000]
-            result = Result(workload.name, options.get("regime", "graph"), label, error=text)
+            if isinstance(chain, str):
+                result = dataclasses.replace(failed, error=chain)
+            else:
+                result = measure(chain, label=label, regime=regime, **options)
+        except Exception as error:
+            result = dataclasses.replace(failed, error=_text(error))
         if result.disagreement is not None and not result.disagreement <= MAX_DISAGREEMENT:
             text = f"outputs differ from the peer's: 1 - cosine = {result.disagreement:.1e}"
             result = dataclasses.replace(result, error=text)

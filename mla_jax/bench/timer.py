@@ -21,6 +21,7 @@ import contextlib
 import ctypes
 import dataclasses
 import itertools
+import pickle
 import re
 import statistics
 import time
@@ -29,6 +30,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import serialize_executable
 
 from mla_jax.bench import cupti
 from mla_jax.bench.inputs import Inputs, abstract, call
@@ -78,20 +80,40 @@ def l2_bytes() -> int:
 
 @dataclasses.dataclass(frozen=True)
 class CompiledChain:
-    """N calls of a workload as one executable, and the same call alone."""
+    """N calls of a workload as one executable.
+
+    Attributes:
+      workload, calls, sets: what was compiled.
+      linked: whether calls are chained by data, not by the stream alone.
+      executable: (leaves of caches and of each call's arguments, leaves of the carry) -> leaves of the results, those of
+        the last call last. The carry is donated.
+    """
 
     workload: Workload
     calls: int
     sets: int
-    linked: bool  # whether calls are chained by data, not by the stream alone
-    chain: Callable  # (caches, args of each call, carry) -> results; the carry is donated
-    op: Callable  # (caches, args) -> result of one call
+    linked: bool
+    executable: jax.stages.Compiled
+
+    def serialize(self) -> bytes:
+        """Everything but the workload, for `deserialize_chain` in another process on the same kind of GPU."""
+        fields = (self.calls, self.sets, self.linked)
+        return pickle.dumps((fields, serialize_executable.serialize(self.executable)))
+
+
+def deserialize_chain(workload: Workload, serialized: bytes) -> CompiledChain:
+    """A chain that another process compiled for this workload."""
+    (calls, sets, linked), (payload, in_tree, out_tree) = pickle.loads(serialized)
+    loaded = serialize_executable.deserialize_and_load(
+        payload, in_tree, out_tree, execution_devices=jax.devices()[:1]
+    )
+    return CompiledChain(workload, calls, sets, linked, loaded)
 
 
 def compile_chain(
     workload: Workload, *, sets: int = 1, calls: int = MIN_CALLS, implementation: str | None = None, config: Any = None
 ) -> CompiledChain:
-    """A chain of at least `calls` calls, a multiple of `sets`. Needs no arrays; threads may do it in parallel.
+    """A chain of at least `calls` calls, a multiple of `sets`. Needs no arrays.
 
     Raises whatever the op raises for this workload, implementation and config.
     """
@@ -105,30 +127,40 @@ def compile_chain(
         chain = _data_chain(op)
     else:
         chain = _stream_chain(op)
-    args = tuple(shapes.sets[i % sets] for i in range(calls))
-    lowered = jax.jit(chain, donate_argnums=2).lower(shapes.caches, args, shapes.carry)
-    compiled = lowered.compile(compiler_options={"xla_gpu_command_buffer_scheduling_mode": "SERIALIZE"})
-    return CompiledChain(workload, calls, sets, linked, compiled, op)
+    leaves, tree = jax.tree.flatten(_arguments(shapes, calls))
+    carry_leaves, carry_tree = jax.tree.flatten(shapes.carry)
+
+    def flat_chain(leaves: list, carry_leaves: list) -> list:
+        caches, args = jax.tree.unflatten(tree, leaves)
+        return jax.tree.leaves(chain(caches, args, jax.tree.unflatten(carry_tree, carry_leaves)))
+
+    lowered = jax.jit(flat_chain, donate_argnums=1).lower(leaves, carry_leaves)
+    executable = lowered.compile(compiler_options={"xla_gpu_command_buffer_scheduling_mode": "SERIALIZE"})
+    return CompiledChain(workload, calls, sets, linked, executable)
+
+
+def _arguments(inputs: Inputs, calls: int) -> tuple[dict, tuple[dict, ...]]:
+    return inputs.caches, tuple(inputs.sets[i % len(inputs.sets)] for i in range(calls))
 
 
 class Chain:
     """A compiled chain and its arrays, ready to be timed again and again."""
 
     def __init__(self, compiled: CompiledChain, inputs: Inputs):
-        self.inputs = inputs
         self.calls = compiled.calls
+        self.last_set = (compiled.calls - 1) % len(inputs.sets)  # the input set of the last call
         self._compiled = compiled
-        self._args = tuple(inputs.sets[i % len(inputs.sets)] for i in range(compiled.calls))
-        self._carry = inputs.carry
+        self._leaves = jax.tree.leaves(_arguments(inputs, compiled.calls))
+        self._carry = jax.tree.leaves(inputs.carry)
         self.run()
 
-    def run(self) -> Any:
-        """One pass over the chain; waits for it."""
+    def run(self) -> list[jax.Array]:
+        """One pass over the chain; waits for it. Returns the leaves of the results, those of the last call last."""
         return jax.block_until_ready(self._launch())
 
-    def _launch(self) -> Any:
-        out = self._compiled.chain(self.inputs.caches, self._args, self._carry)
-        if self._carry is not None:
+    def _launch(self) -> list[jax.Array]:
+        out = self._compiled.executable(self._leaves, self._carry)
+        if self._carry:
             self._carry = out
         return out
 
@@ -151,10 +183,6 @@ class Chain:
             in_graph=all(a.in_graph for a in activities),
         )
 
-    def first_out(self) -> Any:
-        """What the op returns for the first input set."""
-        return self._compiled.op(self.inputs.caches, self._args[0])
-
     def wall_us(self, passes: int = 3) -> float:
         """The same time from the host's clock, free of CUPTI: what `passes` further passes add to one, per call."""
 
@@ -170,18 +198,16 @@ class Chain:
         return (more - one) / passes / self.calls * 1e6
 
     def isolated(self, repeats: int = 10) -> Sample:
-        """The `isolated` regime: the median of single calls, the L2 flushed and the GPU idle before each."""
-        if self._carry is not None:
-            raise TimingError("append_kv is timed in the graph regime only: alone it would copy the cache")
+        """The `isolated` regime: the median of single passes, the L2 flushed and the GPU idle before each.
 
-        def one(i: int) -> None:
-            jax.block_until_ready(self._compiled.op(self.inputs.caches, self._args[i % self.calls]))
-
-        one(0)
-        return isolated(one, repeats)
+        Raises TimingError for a chain of several calls.
+        """
+        if self.calls != 1:
+            raise TimingError(f"the isolated regime times one call at a time; this chain has {self.calls}")
+        return isolated(lambda _: self.run(), repeats)
 
 
-def isolated(one: Callable[[int], None], repeats: int) -> Sample:
+def isolated(one: Callable[[int], object], repeats: int) -> Sample:
     """Median span of `one(i)`, which launches work and waits for it, over `repeats` calls on an idle, cold GPU."""
     fill = jax.jit(lambda x: jnp.full(_FLUSH_BYTES // 4, x, jnp.int32))
 

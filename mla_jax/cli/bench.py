@@ -32,7 +32,7 @@ def register(subparsers: argparse._SubParsersAction) -> None:
     how.add_argument("--regime", choices=("graph", "isolated"), default="graph", help="back to back, or one at a time")
     how.add_argument("--rounds", type=int, default=5, help="ours, peer, ours, peer ...: this many each (default 5)")
     how.add_argument("--calls", type=int, help="calls in a chain (default 20, or one per input set)")
-    how.add_argument("--jobs", type=int, default=4, help="threads that compile before anything is timed (default 4)")
+    how.add_argument("--jobs", type=int, default=4, help="processes that compile before anything is timed (default 4)")
     out = parser.add_argument_group("results")
     out.add_argument("--out", type=Path, metavar="FILE", help="write the results as JSON lines")
     out.add_argument("--plot", type=Path, metavar="PNG", help="draw achieved against roofline from --results, and stop")

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from mla_jax.bench import cupti, inputs, timer
+from mla_jax.bench import cupti, inputs, runner, timer
 from mla_jax.bench.workloads import Dense, Scope, Sparse, append, plan
 from pallas_kernels.formats import BF16_576, V32
 
@@ -20,7 +20,8 @@ def test_stream_chain_returns_every_call():
     arrays = inputs.build(DENSE, sets=2)
     assert compiled.calls == 4 and not compiled.linked  # a multiple of the sets
     results = timer.Chain(compiled, arrays).run()
-    for i, (out, lse) in enumerate(results):
+    assert len(results) == 8
+    for i, (out, lse) in enumerate(zip(results[::2], results[1::2], strict=True)):
         want, want_lse = inputs.call(DENSE, arrays.caches, arrays.sets[i % 2])
         np.testing.assert_allclose(out.astype(np.float32), want.astype(np.float32), atol=1e-2)
         np.testing.assert_allclose(lse, want_lse, atol=1e-3)
@@ -31,9 +32,9 @@ def test_linked_chain_gives_the_last_call(workload):
     compiled = timer.compile_chain(workload, calls=3, implementation="xla")
     arrays = inputs.build(workload)
     assert compiled.linked and compiled.calls == 3
-    got = timer.Chain(compiled, arrays).run()
+    got = timer.Chain(compiled, arrays).run()  # leaves
     want = inputs.call(workload, arrays.caches, arrays.sets[0])
-    for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+    for g, w in zip(got, jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(np.asarray(g, np.float32), np.asarray(w, np.float32), atol=1e-2)
 
 
@@ -41,7 +42,7 @@ def test_linked_chain_keeps_its_calls():
     """The zero that links calls is not folded away: the lowered chain still reads one call's result in the next."""
     compiled = timer.compile_chain(plan(DENSE), calls=3)
     one = timer.compile_chain(plan(DENSE), calls=1)
-    assert compiled.chain.as_text().count("minimum") > one.chain.as_text().count("minimum")
+    assert compiled.executable.as_text().count("minimum") > one.executable.as_text().count("minimum")
 
 
 @pytest.mark.parametrize("fmt", [BF16_576, V32])
@@ -50,11 +51,21 @@ def test_append_chain_writes_and_runs_again(fmt):
     arrays = inputs.build(workload)
     slots = np.asarray(arrays.sets[0]["slots"])
     chain = timer.Chain(timer.compile_chain(workload, calls=2), arrays)
-    data = np.asarray(chain.run().data)
+    (data,) = map(np.asarray, chain.run())
     written = data.reshape(-1, data.shape[-1])[slots]  # [b, row]
     assert written.any() and np.count_nonzero(data.reshape(-1, data.shape[-1]).any(axis=1)) == 4
-    with pytest.raises(timer.TimingError, match="graph regime only"):
+    with pytest.raises(timer.TimingError, match="one call at a time; this chain has 2"):
         chain.isolated()
+
+
+@pytest.mark.parametrize("workload", [SPARSE, plan(DENSE), append(V32, 4)])
+def test_chains_travel_between_processes(workload):
+    compiled = timer.compile_chain(workload, calls=2)
+    loaded = timer.deserialize_chain(workload, compiled.serialize())
+    assert (loaded.calls, loaded.sets, loaded.linked) == (2, 1, compiled.linked)
+    results = [timer.Chain(chain, inputs.build(workload)).run() for chain in (compiled, loaded)]
+    for a, b in zip(*results, strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
 def test_wall_clock():
@@ -189,3 +200,14 @@ def test_missing_cupti(monkeypatch):
     monkeypatch.setattr(cupti, "_candidates", lambda: ["libcupti-that-is-not-there.so"])
     with pytest.raises(cupti.CuptiError, match="comes with JAX's CUDA plugin"):
         cupti._Cupti()
+
+
+def test_compiling_in_other_processes():
+    impossible = Dense(name="impossible", b=1, s_q=1, h=1, s_k=64, page_size=0)
+    good = plan(DENSE)
+    chain, reason = runner.compile_all([good, impossible], jobs=2, calls=2)
+    assert chain.calls == 2
+    np.testing.assert_array_equal(timer.Chain(chain, inputs.build(good)).run()[0][0], 0)
+    assert reason.startswith("ZeroDivisionError")
+    (again,) = runner.compile_all([impossible])
+    assert again == reason

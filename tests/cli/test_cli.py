@@ -133,7 +133,7 @@ def test_bench_reports_and_stores(monkeypatch, capsys, tmp_path, broken):
     monkeypatch.setattr(runner, "measure", measure)
     out = tmp_path / "new" / "results.jsonl"
     argv = ["bench", "--suite", "dense", "--filter", "sk32768", "--implementation", "xla", "--rounds", "2"]
-    assert cli.main([*argv, "--out", str(out)]) == (1 if broken else 0)
+    assert cli.main([*argv, "--jobs", "1", "--out", str(out)]) == (1 if broken else 0)
     captured = capsys.readouterr()
     run, results = report.loads(out.read_text())
     assert run == RUN and [r.workload for r in results] == [f"dense-b128-sq{s}-h128-sk32768" for s in (1, 2)]
