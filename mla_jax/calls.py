@@ -58,6 +58,10 @@ class DenseOperands:
     plan: SplitPlan | None
 
     @property
+    def d_v(self) -> int:
+        return self.cache.format.d_v
+
+    @property
     def names_no_keys(self) -> bool:
         """By its shapes alone the call can have no keys; no kernel needs to see it."""
         return self.cache.num_slots == 0 or (self.block_table is not None and self.block_table.shape[1] == 0)
@@ -86,6 +90,10 @@ class SparseOperands:
     sm_scale: Any  # float32 []
     attn_sink: Any  # float32 [h], or None
     plan: SplitPlan | None
+
+    @property
+    def d_v(self) -> int:
+        return self.main.cache.format.d_v
 
     @property
     def names_no_keys(self) -> bool:

@@ -15,11 +15,12 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
-from mla_jax import checks
+from mla_jax import checks, spmd
 
 logger = logging.getLogger("mla_jax")
 
@@ -47,6 +48,7 @@ class Implementation:
     name: str
     check: Callable[[Any, Target, Any], None]
     run: Callable[[Any, Any, Any], Any]
+    is_kernel: bool = False  # lowers for CUDA alone
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,7 +157,8 @@ def run(cuda: Choice, other: Choice, call: Any, operands: Any, config: Any) -> A
 
     def branch(choice: Choice):
         assert choice.implementation is not None
-        return functools.partial(choice.implementation.run, call, config)
+        fn = functools.partial(choice.implementation.run, call, config)
+        return functools.partial(_kernel, fn) if choice.implementation.is_kernel else fn
 
     if cuda.implementation is other.implementation:
         return branch(cuda)(operands)
@@ -164,6 +167,47 @@ def run(cuda: Choice, other: Choice, call: Any, operands: Any, config: Any) -> A
     if cuda.implementation is None:
         return branch(other)(guard(operands, call.op, ("cpu", "rocm", "tpu"), cuda.refusal_text()))
     return lax.platform_dependent(operands, cuda=branch(cuda), default=branch(other))
+
+
+# -- kernel: a call that is traced when it is lowered for CUDA, and only then -----------------------------------------
+
+_kernel_p = Primitive("mla_jax_kernel")
+_kernel_p.multiple_results = True
+_kernel_p.def_abstract_eval(lambda *_, out_avals, **__: out_avals)
+
+
+def _kernel(fn: Callable[[Any], tuple[Any, Any]], operands: Any) -> tuple[Any, Any]:
+    """`fn(operands)` -> (out, lse) of the op.
+
+    Whoever runs on a CPU thus pays nothing for the kernels, and a module exported for several platforms can hold one:
+    Pallas refuses to lower for more than one platform at a time.
+    """
+    leaves, treedef = jax.tree.flatten(operands)
+
+    def types(q):  # with q's sharding and the mesh axes of all operands
+        q = spmd.vary(q, spmd.varying_axes(operands))
+        return jnp.broadcast_to(q[..., :1], (*q.shape[:-1], operands.d_v)), q[..., 0].astype(jnp.float32)
+
+    out_avals = tuple(jax.make_jaxpr(types)(operands.q).out_avals)
+    out, lse = _kernel_p.bind(*leaves, fn=fn, treedef=treedef, out_avals=out_avals)
+    return out, lse
+
+
+def _lower_kernel(ctx, *leaves, fn, treedef, **_):
+    call = mlir.lower_fun(lambda *xs: fn(jax.tree.unflatten(treedef, xs)), multiple_results=True)
+    return call(ctx.replace(platforms=("cuda",)), *leaves)
+
+
+def _lower_elsewhere(ctx, *leaves, out_avals, **_):
+    platforms = ctx.module_context.platforms
+    if "cuda" not in platforms:
+        raise NotImplementedError(f"a CUDA kernel cannot be lowered for {', '.join(platforms)}")
+    # A module for several platforms: JAX lowers the CUDA branch for each of them, but none else runs it.
+    return mlir.lower_fun(lambda *_: [jnp.full(a.shape, jnp.nan, a.dtype) for a in out_avals])(ctx, *leaves)
+
+
+mlir.register_lowering(_kernel_p, _lower_kernel, platform="cuda")
+mlir.register_lowering(_kernel_p, _lower_elsewhere)
 
 
 # -- guard: the identity, except that it refuses platforms and derivatives -------------------------------------------

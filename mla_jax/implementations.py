@@ -53,29 +53,33 @@ def _check_sparse_mosaic(call: SparseCall, target: Target, config: Any) -> None:
 
 
 def _sparse_mosaic(call: SparseCall, config: Any, x: SparseOperands):
+    # A scope that can hold no keys, by its shapes, never reaches the kernel.
+    main, *rest = [scope for scope in (x.main, x.extra) if scope is not None and not scope.names_no_keys]
+    extra = rest[0] if rest else None
     plan = x.plan
-    if plan is None:
+    if plan is None or (main, extra) != (x.main, x.extra):
         plan = plan_sparse_decode(
-            call.topk,
+            main.indices.shape[-1],
             batch=call.b,
             s_q=call.s_q,
             num_heads=call.h,
-            topk_length=x.main.length,
-            extra_topk=call.extra_topk,
-            extra_topk_length=None if x.extra is None else x.extra.length,
+            topk_length=main.length,
+            extra_topk=0 if extra is None else extra.indices.shape[-1],
+            extra_topk_length=None if extra is None else extra.length,
+            batch_invariant=call.batch_invariant,
         )
-    extra: dict[str, Any] = {}
-    if x.extra is not None:
-        extra = dict(
-            extra_data=x.extra.cache.data,
-            extra_fmt=call.extra_fmt,
-            extra_page_size=call.extra_page_size,
-            extra_indices=x.extra.indices,
-            extra_topk_length=x.extra.length,
+    more: dict[str, Any] = {}
+    if extra is not None:
+        more = dict(
+            extra_data=extra.cache.data,
+            extra_fmt=extra.cache.format,
+            extra_page_size=extra.cache.page_size,
+            extra_indices=extra.indices,
+            extra_topk_length=extra.length,
         )
     return sparse_kernel.sparse_decode(
-        x.q, x.main.cache.data, call.fmt, call.page_size, x.main.indices, plan, x.sm_scale,
-        topk_length=x.main.length, attn_sink=x.attn_sink, config=config, **extra,
+        x.q, main.cache.data, main.cache.format, main.cache.page_size, main.indices, plan, x.sm_scale,
+        topk_length=main.length, attn_sink=x.attn_sink, config=config, **more,
     )  # fmt: skip
 
 
@@ -86,7 +90,7 @@ DENSE = (
 )
 
 SPARSE = (
-    Implementation("mosaic", _check_sparse_mosaic, _sparse_mosaic),
+    Implementation("mosaic", _check_sparse_mosaic, _sparse_mosaic, is_kernel=True),
     Implementation("triton", *_not_in_this_version("Triton-lowered")),
     Implementation("xla", _check_xla, _sparse_xla),
 )

@@ -83,7 +83,8 @@ def _quantize(nope: Float[Array, "*n d"], fmt: KVFormat, scale_rule: ScaleRule) 
     x = nope.astype(jnp.float32).reshape(*nope.shape[:-1], fmt.num_scales, fmt.scale_tile)  # [*n, tiles, tile]
     amax = jnp.max(jnp.abs(x), axis=-1)  # [*n, tiles]
     if scale_rule != "amax":
-        exponent = pow2_exponents(amax, largest, _SMALLEST if scale_rule == "pow2" else _SMALLEST / largest)  # [*n, tiles]
+        smallest_ratio = _SMALLEST if scale_rule == "pow2" else _SMALLEST / largest
+        exponent = pow2_exponents(amax, largest, smallest_ratio)  # [*n, tiles]
         y = x * _power_of_two(2 * _EXPONENT_BIAS - exponent)[..., None]  # exact: a power of two
         scales = exponent.astype(jnp.uint8) if scale.dtype == E8M0 else _power_of_two(exponent)
         if scale.dtype == E8M0:

@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from mla_jax import spmd
 from mla_jax.cache import PagedKVCache, gather_rows
 from mla_jax.lse import sink_factor
 from pallas_kernels.formats import KVFormat
@@ -63,7 +64,7 @@ class _Running:
             jnp.zeros((g, m, h), jnp.float32),
             jnp.zeros((g, m, h, d_v), jnp.float32),
         )
-        return jax.tree.map(lambda x: lax.pcast(x, axes, to="varying"), empty)
+        return jax.tree.map(lambda x: spmd.vary(x, axes), empty)
 
     def add(
         self, q: Float[Array, "g m h d"], keys: Float[Array, "g c d"], valid: Bool[Array, "g m c"], sm_scale: jax.Array
@@ -83,14 +84,6 @@ class _Running:
         some = jnp.where(self.total == 0, 1, self.total)
         lse = jnp.where(self.total == 0, -jnp.inf, self.top + jnp.log(some))
         return self.acc / some[..., None], lse
-
-
-def _varying_axes(*trees: Any) -> tuple[str, ...]:
-    """Mesh axes of a surrounding shard_map over which any of the operands differ between shards."""
-    axes: set[str] = set()
-    for x in jax.tree.leaves(trees):
-        axes |= getattr(getattr(jax.typeof(x), "manual_axis_type", None), "varying", frozenset())
-    return tuple(sorted(axes))
 
 
 def _accumulate(
@@ -146,7 +139,7 @@ def dense(
 ) -> tuple[jax.Array, jax.Array]:
     """Dense decode: (out [b, s_q, h, d_v] in q's dtype, lse float32 [b, s_q, h])."""
     b, s_q, h, _ = q.shape
-    axes = _varying_axes(q, cache, block_table, cache_seqlens, sm_scale)
+    axes = spmd.varying_axes(q, cache, block_table, cache_seqlens, sm_scale)
     page_size = cache.page_size
     if block_table is None:
         block_table = jnp.arange(b, dtype=jnp.int32)[:, None]  # [b, 1]
@@ -185,7 +178,7 @@ def sparse(
 ) -> tuple[jax.Array, jax.Array]:
     """Sparse decode over scopes (cache, indices, lengths): out and lse as `dense`, the sink in `out` only."""
     b, s_q, h, d = q.shape
-    axes = _varying_axes(q, scopes, sm_scale)
+    axes = spmd.varying_axes(q, scopes, sm_scale)
     items = b * s_q
     caches = [cache for cache, _, _ in scopes]
     fmt = caches[0].format

@@ -324,6 +324,7 @@ def test_export(rng, platforms):
     dense_call = samples.dense_call(rng, mla_jax.V32)
     exported = jax.export.export(step, platforms=platforms)(call, dense_call)
     again = jax.export.deserialize(exported.serialize())
+    assert ("mosaic_gpu" in exported.mlir_module()) == ("cuda" in platforms)  # the kernels are in it, GPU or no GPU
     assert again.platforms == platforms
     if "cpu" in platforms:
         got, _ = again.call(call, dense_call)
