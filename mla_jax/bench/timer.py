@@ -85,8 +85,8 @@ class CompiledChain:
     Attributes:
       workload, calls, sets: what was compiled.
       linked: whether calls are chained by data, not by the stream alone.
-      executable: (leaves of caches and of each call's arguments, leaves of the carry) -> leaves of the results, those of
-        the last call last. The carry is donated.
+      executable: (leaves of caches and of each call's arguments, leaves of the carry) -> leaves of the results, those
+        of the last call at the end. The carry is donated.
     """
 
     workload: Workload
