@@ -18,7 +18,11 @@ from pallas_kernels.schedule import SplitPlan
 
 @dataclasses.dataclass(frozen=True)
 class DenseCall:
-    """The static side of a dense call: what decides which implementation serves it."""
+    """The static side of a dense call: what decides which implementation serves it.
+
+    `wide_out`: the results are partial and will be merged, so `out` is float32; an implementation that has it only in
+    q's dtype may return that, and it is widened.
+    """
 
     b: int
     s_q: int
@@ -27,12 +31,13 @@ class DenseCall:
     page_size: int
     is_causal: bool
     batch_invariant: bool
+    wide_out: bool = False
     op = "mla_decode"
 
 
 @dataclasses.dataclass(frozen=True)
 class SparseCall:
-    """The static side of a sparse call; `extra_*` are None and 0 without an extra scope."""
+    """The static side of a sparse call; `extra_*` are None and 0 without an extra scope, `wide_out` as above."""
 
     b: int
     s_q: int
@@ -44,6 +49,7 @@ class SparseCall:
     extra_page_size: int
     extra_topk: int
     batch_invariant: bool
+    wide_out: bool = False
     op = "sparse_mla_decode"
 
 

@@ -158,7 +158,9 @@ def run(cuda: Choice, other: Choice, call: Any, operands: Any, config: Any) -> A
     def branch(choice: Choice):
         assert choice.implementation is not None
         fn = functools.partial(choice.implementation.run, call, config)
-        return functools.partial(_kernel, fn) if choice.implementation.is_kernel else fn
+        if choice.implementation.is_kernel:
+            fn = functools.partial(_kernel, fn)
+        return functools.partial(_widened, fn) if call.wide_out else fn
 
     if cuda.implementation is other.implementation:
         return branch(cuda)(operands)
@@ -167,6 +169,11 @@ def run(cuda: Choice, other: Choice, call: Any, operands: Any, config: Any) -> A
     if cuda.implementation is None:
         return branch(other)(guard(operands, call.op, ("cpu", "rocm", "tpu"), cuda.refusal_text()))
     return lax.platform_dependent(operands, cuda=branch(cuda), default=branch(other))
+
+
+def _widened(run: Callable[[Any], Any], operands: Any) -> Any:
+    out, lse = run(operands)
+    return out.astype(jnp.float32), lse
 
 
 # -- kernel: a call that is traced when it is lowered for CUDA, and only then -----------------------------------------

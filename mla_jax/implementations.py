@@ -29,7 +29,10 @@ def _check_xla(call: DenseCall | SparseCall, target: Target, config: Any) -> Non
 
 
 def _dense_xla(call: DenseCall, config: Any, x: DenseOperands):
-    return xla.dense(x.q, x.cache, x.block_table, x.cache_seqlens, x.sm_scale, is_causal=call.is_causal)
+    out_dtype = jnp.float32 if call.wide_out else None
+    return xla.dense(
+        x.q, x.cache, x.block_table, x.cache_seqlens, x.sm_scale, is_causal=call.is_causal, out_dtype=out_dtype
+    )
 
 
 def _sparse_xla(call: SparseCall, config: Any, x: SparseOperands):
@@ -40,7 +43,7 @@ def _sparse_xla(call: SparseCall, config: Any, x: SparseOperands):
         return s.cache, s.indices, length
 
     scopes = tuple(scope(s) for s in (x.main, x.extra) if s is not None)
-    return xla.sparse(x.q, scopes, x.sm_scale, x.attn_sink)
+    return xla.sparse(x.q, scopes, x.sm_scale, x.attn_sink, jnp.float32 if call.wide_out else None)
 
 
 def _check_sparse_mosaic(call: SparseCall, target: Target, config: Any) -> None:

@@ -136,8 +136,9 @@ def dense(
     sm_scale: Float32[Array, ""],
     *,
     is_causal: bool,
+    out_dtype: Any = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Dense decode: (out [b, s_q, h, d_v] in q's dtype, lse float32 [b, s_q, h])."""
+    """Dense decode: (out [b, s_q, h, d_v] in q's dtype or `out_dtype`, lse float32 [b, s_q, h])."""
     b, s_q, h, _ = q.shape
     axes = spmd.varying_axes(q, cache, block_table, cache_seqlens, sm_scale)
     page_size = cache.page_size
@@ -165,7 +166,7 @@ def dense(
 
         state = _Running.empty(q.shape[0], s_q, h, cache.format.d_v, axes)
         out, lse = _accumulate(state, q, sm_scale, length, capacity, chunk, fetch).finish()
-        return out.astype(q.dtype), lse
+        return out.astype(out_dtype or q.dtype), lse
 
     return _in_groups(group, (q, block_table, seqlens), size)
 
@@ -175,6 +176,7 @@ def sparse(
     scopes: tuple[tuple[PagedKVCache, Int32[Array, "b s_q topk"], Int32[Array, "b s_q"]], ...],
     sm_scale: Float32[Array, ""],
     attn_sink: Float32[Array, "h"] | None,
+    out_dtype: Any = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Sparse decode over scopes (cache, indices, lengths): out and lse as `dense`, the sink in `out` only."""
     b, s_q, h, d = q.shape
@@ -209,7 +211,7 @@ def sparse(
         out, lse = state.finish()
         if attn_sink is not None:
             out = out * sink_factor(lse, attn_sink)[..., None]
-        return out.astype(q.dtype), lse
+        return out.astype(out_dtype or q.dtype), lse
 
     lists = tuple(flatten(indices, length) for _, indices, length in scopes)
     out, lse = _in_groups(group, (q.reshape(items, 1, h, d), lists), size)

@@ -198,7 +198,7 @@ def test_a_plan_for_other_lengths_changes_nothing_here(rng):
     stale = mla_jax.plan_decode(jnp.asarray([1, 1, 9999], jnp.int32), s_q=2, num_heads=4, page_size=5)
     chex.assert_trees_all_equal(dense(**call), dense(**call, plan=stale))
     call = samples.sparse_call(rng, mla_jax.MODEL1, mla_jax.MODEL1)
-    plan = mla_jax.plan_sparse_decode(37, batch=3, s_q=2, num_heads=4, extra_topk=19, batch_invariant=True)
+    plan = mla_jax.plan_sparse_decode(37, batch=3, s_q=2, num_heads=4, extra_topk=19)
     chex.assert_trees_all_equal(sparse(**call), sparse(**call, plan=plan))
 
 

@@ -1,0 +1,441 @@
+"""The public ops on every shard of a mesh, under the names and with the arguments that they have on one device.
+
+Each method is one `jax.shard_map` around the op of `mla_jax`, so the kernels run unchanged on what a device holds. Only
+the context axis communicates: every rank attends to its own keys, and `_merge` joins the partial results with two
+collectives the size of the output, an all-to-all (each rank gets all partials of some rows) and an all-gather.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import PartitionSpec as P
+
+from mla_jax import cache as caches
+from mla_jax import checks, decode
+from mla_jax.cache import PagedKVCache
+from mla_jax.lse import merge_partials
+from mla_jax.quantize import ScaleRule
+from mla_jax.sharding.layout import Layout
+from pallas_kernels import schedule
+from pallas_kernels.schedule import SplitPlan
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from jaxtyping import Array, BFloat16, Float, Float32, Int, Int32
+
+
+class DecodeSharding(Layout):
+    """A `Layout` and the ops over it: data, head and context parallel decode, and their products.
+
+        ds = DecodeSharding(mesh, data="data", heads="heads", context="context")
+
+    Frozen and hashable: close over it, or pass it as a static argument. The ops are legal in and outside jit, over Auto
+    and Explicit mesh axes, with the caches donated. Page ids and slots are global; see `mla_jax.sharding.layout` for
+    who holds which page, and what a dense block table must look like.
+    """
+
+    def mla_decode(
+        self,
+        q: BFloat16[Array, "b s_q h d_qk"],
+        cache: PagedKVCache,
+        block_table: Int32[Array, "b max_pages"] | None,
+        cache_seqlens: Int32[Array, "b"],
+        *,
+        sm_scale: float | Float32[Array, ""],
+        is_causal: bool = False,
+        plan: SplitPlan | None = None,
+        config: Any = None,
+        implementation: str | Sequence[str] | None = None,
+        return_lse: bool = False,
+    ):
+        """`mla_jax.mla_decode` over the mesh.
+
+        Args:
+          q: [b, s_q, h, d_qk]; b divides into the data groups, h into the head ranks. Any number of heads a rank.
+          cache: its data placed as `cache_sharding()`.
+          block_table: global page ids, made by `make_table` or to its rule. None (page i is request i's whole cache):
+            only without a context axis.
+          plan: from this object's `plan_decode`.
+          The others: as in `mla_jax.mla_decode`.
+
+        Returns:
+          out [b, s_q, h, d_v] and, with `return_lse`, lse [b, s_q, h], placed as `q_sharding()`.
+
+        Raises:
+          ValueError: as the op, and for shapes that do not divide or operands placed in another way.
+        """
+        self._check_q(q)
+        self._check_cache(cache, "cache", shared=False)
+        checks.static(is_causal, "is_causal", (bool, np.bool_))
+        rows = P(self.data)
+        if block_table is None:
+            if self.num_context > 1:
+                raise ValueError(
+                    f"block_table is None and context={self.context!r}; accepted with a context axis: a table, whose "
+                    "pages are spread over the ranks (make_table); or a DecodeSharding without a context axis"
+                )
+        else:
+            block_table = checks.int32(block_table, "block_table", (q.shape[0], "max_pages"))
+            self._check_operand(block_table, "block_table", rows)
+        cache_seqlens = checks.int32(cache_seqlens, "cache_seqlens", (q.shape[0],))
+        self._check_operand(cache_seqlens, "cache_seqlens", rows)
+        self._check_plan(plan, "plan_decode")
+        options = dict(is_causal=bool(is_causal), **_options(config, implementation))
+        operands = dict(
+            q=(q, self._q_spec), cache=(cache, self._cache_spec()), block_table=(block_table, rows),
+            cache_seqlens=(cache_seqlens, rows), sm_scale=(_scale(sm_scale), P()), plan=(plan, self._plan_spec),
+        )  # fmt: skip
+        out, lse = self._run(_dense, operands, (self._q_spec, self._q_spec), options)
+        return (out, lse) if return_lse else out
+
+    def sparse_mla_decode(
+        self,
+        q: BFloat16[Array, "b s_q h d_qk"],
+        cache: PagedKVCache,
+        indices: Int32[Array, "b s_q topk"],
+        *,
+        sm_scale: float | Float32[Array, ""],
+        topk_length: Int32[Array, "b *s_q"] | None = None,
+        attn_sink: Float32[Array, "h"] | None = None,
+        extra_cache: PagedKVCache | None = None,
+        extra_indices: Int32[Array, "b s_q extra_topk"] | None = None,
+        extra_topk_length: Int32[Array, "b *s_q"] | None = None,
+        extra_shared: bool = False,
+        plan: SplitPlan | None = None,
+        config: Any = None,
+        implementation: str | Sequence[str] | None = None,
+        return_lse: bool = False,
+    ):
+        """`mla_jax.sparse_mla_decode` over the mesh. Indices are global slots.
+
+        Args:
+          extra_shared: whether `extra_cache` belongs to all data groups alike, `cache_sharding(shared=True)`, as a
+            system prompt does. Static.
+          The others: as in `mla_decode` above and `mla_jax.sparse_mla_decode`. The sink is applied once, after the
+          ranks' results are merged.
+
+        Raises:
+          ValueError: as `mla_decode`.
+        """
+        self._check_q(q)
+        self._check_cache(cache, "cache", shared=False)
+        checks.static(extra_shared, "extra_shared", (bool, np.bool_))
+        rows, heads = P(self.data), P(self.heads)
+        operands: dict[str, tuple[Any, P]] = {
+            "q": (q, self._q_spec), "cache": (cache, self._cache_spec()), "indices": (indices, rows),
+            "sm_scale": (_scale(sm_scale), P()), "topk_length": (topk_length, rows), "attn_sink": (attn_sink, heads),
+            "extra_indices": (extra_indices, rows), "extra_topk_length": (extra_topk_length, rows),
+            "plan": (plan, self._plan_spec),
+        }  # fmt: skip
+        if attn_sink is not None:
+            checks.array(attn_sink, "attn_sink", (q.shape[2],), jnp.float32, "one value a head")
+        for name in ("indices", "topk_length", "extra_indices", "extra_topk_length"):
+            x, spec = operands[name]
+            if x is None:
+                continue
+            shapes: dict[int, checks.Shape] = {1: (q.shape[0],), 2: q.shape[:2], 3: (*q.shape[:2], "topk")}
+            if name.endswith("indices") and q.shape[1] == 1:
+                shapes[2] = (q.shape[0], "topk")
+            x = checks.int32(x, name, shapes.get(getattr(x, "ndim", 3), shapes[3]))
+            self._check_operand(x, name, spec)
+            operands[name] = x, spec
+        if extra_cache is not None:
+            self._check_cache(extra_cache, "extra_cache", bool(extra_shared))
+            if extra_indices is None:
+                raise ValueError("extra_cache is given without extra_indices; accepted: both or neither")
+        operands["extra_cache"] = (extra_cache, self._cache_spec(bool(extra_shared)))
+        self._check_plan(plan, "plan_sparse_decode")
+        options = dict(extra_shared=bool(extra_shared), **_options(config, implementation))
+        out, lse = self._run(_sparse, operands, (self._q_spec, self._q_spec), options)
+        return (out, lse) if return_lse else out
+
+    def append_kv(
+        self,
+        cache: PagedKVCache,
+        kv: Float[Array, "n d_qk"],
+        slots: Int[Array, "n"],
+        *,
+        scale_rule: ScaleRule = "pow2",
+        shared: bool = False,
+    ) -> PagedKVCache:
+        """`mla_jax.append_kv` over the mesh: every rank writes the rows whose slots it holds. No communication.
+
+        Args:
+          cache: placed as `cache_sharding(shared=shared)`. Donate it, and rows are written in place.
+          kv: [n, d_qk], the rows of data group g being the g-th of D equal runs (so `[b * s_q, d_qk]` in batch order).
+            A slot of another group's pages is dropped. With `shared`: any order.
+          slots: [n], global.
+          shared: whether the cache belongs to all data groups alike. Static.
+
+        Raises:
+          ValueError: as the op, and for shapes that do not divide or operands placed in another way.
+        """
+        checks.static(shared, "shared", (bool, np.bool_))
+        self._check_cache(cache, "cache", bool(shared))
+        fmt = cache.format
+        checks.array(kv, "kv", ("n", fmt.d_qk), fmt.compute_dtype, f"of format {fmt.name}")
+        slots = checks.int32(slots, "slots", (kv.shape[0],))
+        rows = P() if shared else P(self.data)
+        if not shared:
+            self._check_divides("kv", "rows", kv.shape[0], self.num_data)
+        for x, name in ((kv, "kv"), (slots, "slots")):
+            self._check_operand(x, name, rows)
+        spec = self._cache_spec(bool(shared))
+        operands = dict(cache=(cache, spec), kv=(kv, rows), slots=(slots, rows))
+        return self._run(_append, operands, spec, dict(scale_rule=scale_rule, shared=bool(shared)))
+
+    def slots_from_positions(
+        self, positions: Int[Array, "b *n"], block_table: Int[Array, "b max_pages"], page_size: int
+    ) -> jax.Array:
+        """`mla_jax.slots_from_positions` over the mesh: global slots, placed as `row_sharding()`."""
+        size = checks.page_size(page_size)
+        positions = checks.int32(positions, "positions", None)
+        if positions.ndim < 1:
+            raise ValueError("positions has shape []; accepted: [b, ...], one row a request")
+        block_table = checks.int32(block_table, "block_table", (positions.shape[0], "max_pages"))
+        self._check_divides("positions", "rows", positions.shape[0], self.num_data)
+        rows = P(self.data)
+        for x, name in ((positions, "positions"), (block_table, "block_table")):
+            self._check_operand(x, name, rows)
+        operands = dict(positions=(positions, rows), block_table=(block_table, rows))
+        return self._run(_slots, operands, rows, dict(page_size=size))
+
+    def plan_decode(
+        self,
+        cache_seqlens: Int32[Array, "b"],
+        *,
+        s_q: int,
+        num_heads: int,
+        page_size: int,
+        batch_invariant: bool = False,
+    ) -> SplitPlan:
+        """`mla_jax.plan_decode` for the share of every device; num_heads counts the heads of the whole model."""
+        options = dict(s_q=s_q, num_heads=self._local_heads(num_heads), page_size=page_size)
+        return self._plan(_plan_dense, cache_seqlens, dict(options, batch_invariant=batch_invariant))
+
+    def plan_sparse_decode(
+        self,
+        topk: int,
+        *,
+        batch: int,
+        s_q: int,
+        num_heads: int,
+        topk_length: Int32[Array, "b *s_q"] | None = None,
+        extra_topk: int = 0,
+        extra_topk_length: Int32[Array, "b *s_q"] | None = None,
+        batch_invariant: bool = False,
+    ) -> SplitPlan:
+        """`mla_jax.plan_sparse_decode` for the share of every device. With a context axis it assumes that every rank
+        holds its share of the keys; where that is wrong the plan still is right, only less balanced."""
+
+        def lengths(x, width):
+            return jnp.full(batch, width, jnp.int32) if x is None else x
+
+        options = dict(s_q=s_q, num_heads=self._local_heads(num_heads), topk=topk, extra_topk=extra_topk)
+        both = (lengths(topk_length, topk), lengths(extra_topk_length, extra_topk))
+        return self._plan(_plan_sparse, both, dict(options, batch_invariant=batch_invariant))
+
+    # -- one way to run them all -----------------------------------------------------------------------------------------
+
+    @property
+    def _q_spec(self) -> P:
+        return P(self.data, None, self.heads)
+
+    @property
+    def _plan_spec(self) -> P:
+        """Plans of all shards lie one after the other; head ranks share theirs."""
+        return self._cache_spec()
+
+    def _local_heads(self, num_heads: int) -> int:
+        self._check_divides("num_heads", "heads", num_heads, self.num_heads)
+        return num_heads // self.num_heads
+
+    def _plan(self, function, lengths: Any, options: dict[str, Any]) -> SplitPlan:
+        for x in jax.tree.leaves(lengths):
+            self._check_divides("lengths", "rows", x.shape[0], self.num_data)
+            self._check_operand(x, "lengths", P(self.data))
+        return self._run(function, dict(lengths=(lengths, P(self.data))), self._plan_spec, options)
+
+    def _run(self, local, operands: dict[str, tuple[Any, Any]], out_specs: Any, options: dict[str, Any]) -> Any:
+        placed = {name: jax.tree.map(lambda x, s=spec: self._place(x, s), x) for name, (x, spec) in operands.items()}
+        specs = tuple((name, spec) for name, (_, spec) in operands.items())
+        return _sharded(placed, self, local, specs, out_specs, tuple(options.items()))
+
+    def _check_q(self, q: Any) -> None:
+        if getattr(q, "ndim", None) != 4:
+            raise ValueError(f"q is {checks.describe(q)}; accepted: [b, s_q, h, d_qk]")
+        self._check_divides("q", "requests", q.shape[0], self.num_data)
+        self._check_divides("q", "heads", q.shape[2], self.num_heads)
+        self._check_operand(q, "q", self._q_spec)
+
+    def _check_plan(self, plan: Any, maker: str) -> None:
+        if plan is None:
+            return
+        if not isinstance(plan, SplitPlan) or plan.parts.shape[0] != self.num_parts * (plan.num_parts + 1):
+            raise ValueError(
+                f"plan is for one device ({checks.describe(getattr(plan, 'parts', plan))}); accepted: None, or what "
+                f"{maker} of this DecodeSharding returned"
+            )
+
+
+def _options(config: Any, implementation: Any) -> dict[str, Any]:
+    if isinstance(implementation, list):
+        implementation = tuple(implementation)
+    return dict(config=config, implementation=implementation)
+
+
+def _scale(sm_scale: Any) -> Any:
+    """A Python number as an array, so that changing it does not recompile."""
+    return sm_scale if hasattr(sm_scale, "dtype") else np.float32(sm_scale)
+
+
+@functools.partial(jax.jit, static_argnames=("ds", "local", "specs", "out_specs", "options"), inline=True)
+def _sharded(operands, ds: DecodeSharding, local, specs, out_specs, options):
+    """`local(ds, **shards, **options)` on every device. Every axis of the mesh is manual in it."""
+    body = lambda shards: local(ds, **shards, **dict(options))  # noqa: E731
+    # check_vma: kernels do not say over which axes their results vary.
+    mapped = jax.shard_map(body, mesh=ds.mesh, in_specs=(dict(specs),), out_specs=out_specs, check_vma=False)
+    return mapped(operands)
+
+
+# -- on one shard: arrays are local, page ids and slots global ---------------------------------------------------------
+
+
+def _dense(ds: DecodeSharding, q, cache, block_table, cache_seqlens, sm_scale, plan, is_causal, **options):
+    options |= dict(sm_scale=sm_scale)
+    if block_table is not None:
+        block_table = ds._local(block_table, ds._first_page(cache), cache.num_pages)  # [b, max_pages]
+    if ds.num_context == 1:
+        options |= dict(is_causal=is_causal, plan=plan, return_lse=True)
+        return decode.mla_decode(q, cache, block_table, cache_seqlens, **options)
+    attend = functools.partial(decode.partial_results, decode.mla_decode, **options)
+    b, s_q, h, d = q.shape
+    page_size, columns = cache.page_size, block_table.shape[1]
+    lengths = jnp.clip(cache_seqlens, 0, min(columns * page_size, 2**31 - 1 - page_size))  # [b]
+    own_table = _own_columns(ds, block_table)  # [b, columns / C]
+    if not is_causal or s_q == 1:
+        part = attend(q, cache, own_table, _own_tokens(ds, lengths, page_size), plan=plan)
+        return _merge(ds, *part, None, q.dtype)
+    # The rows' ends differ by less than s_q tokens, which may lie on different ranks: no one length a rank says that.
+    # So: whole pages that every row sees, and then the few tokens behind them, each row as a request of its own.
+    whole = lax.div(jnp.maximum(lengths - (s_q - 1), 0), jnp.int32(page_size))  # [b] pages
+    seen_by_all = attend(q, cache, own_table, _own_tokens(ds, whole * page_size, page_size), plan=plan)
+    num_tail = -(-(page_size + s_q - 2) // page_size)  # pages that can hold the rest
+    column = whole[:, None] + jnp.arange(num_tail, dtype=jnp.int32)[None]  # [b, num_tail]
+    rows = lax.broadcasted_iota(jnp.int32, column.shape, 0)
+    page = block_table.at[rows, column].get(mode="fill", fill_value=-1)  # [b, num_tail]
+    page = jnp.where(lax.rem(column, jnp.int32(ds.num_context)) == ds._rank(), page, -1)
+    end = lengths[:, None] - jnp.arange(s_q - 1, -1, -1, dtype=jnp.int32)[None]  # [b, s_q]
+    tail = jnp.maximum(end - whole[:, None] * page_size, 0)  # [b, s_q]
+    out, lse = attend(q.reshape(b * s_q, 1, h, d), cache, jnp.repeat(page, s_q, axis=0), tail.reshape(-1))
+    few = out.reshape(b, s_q, h, -1), lse.reshape(b, s_q, h)
+    outs, lses = (jnp.stack(parts) for parts in zip(seen_by_all, few, strict=True))  # [2, b, s_q, h, ...]
+    return _merge(ds, *merge_partials(outs, lses), None, q.dtype)
+
+
+def _own_columns(ds: DecodeSharding, table: jax.Array) -> jax.Array:
+    """[b, columns] -> [b, ceil(columns / C)]: columns rank, rank + C, ..., which are this rank's."""
+    ranks = ds.num_context
+    table = jnp.pad(table, ((0, 0), (0, -table.shape[1] % ranks)), constant_values=-1)
+    table = table.reshape(table.shape[0], -1, ranks)  # [b, columns / C, C]
+    return lax.dynamic_index_in_dim(table, ds._rank(), axis=2, keepdims=False)
+
+
+def _own_tokens(ds: DecodeSharding, lengths: jax.Array, page_size: int) -> jax.Array:
+    """[b] tokens of each request -> [b] how many of them lie in this rank's columns."""
+    ranks, rank = ds.num_context, ds._rank()
+    whole, rest = lax.div(lengths, jnp.int32(page_size)), lax.rem(lengths, jnp.int32(page_size))
+    own = lax.div(whole + (ranks - 1) - rank, jnp.int32(ranks))  # [b] whole pages
+    return own * page_size + jnp.where(lax.rem(whole, jnp.int32(ranks)) == rank, rest, 0)
+
+
+def _sparse(
+    ds: DecodeSharding, q, cache, indices, sm_scale, topk_length, attn_sink, extra_cache, extra_indices,
+    extra_topk_length, plan, extra_shared, **options,
+):  # fmt: skip
+    indices, topk_length = _own_slots(ds, cache, indices, topk_length, False)
+    if extra_cache is not None:
+        extra_indices, extra_topk_length = _own_slots(ds, extra_cache, extra_indices, extra_topk_length, extra_shared)
+    options |= dict(
+        sm_scale=sm_scale, topk_length=topk_length, extra_cache=extra_cache, extra_indices=extra_indices,
+        extra_topk_length=extra_topk_length, plan=plan,
+    )  # fmt: skip
+    if ds.num_context == 1:
+        return decode.sparse_mla_decode(q, cache, indices, attn_sink=attn_sink, return_lse=True, **options)
+    part = decode.partial_results(decode.sparse_mla_decode, q, cache, indices, **options)
+    return _merge(ds, *part, attn_sink, q.dtype)
+
+
+def _own_slots(ds: DecodeSharding, cache: PagedKVCache, indices, length, shared: bool) -> tuple[jax.Array, Any]:
+    """Indices of this shard's slots and their lengths; with a context axis moved to the front, so that a rank works on
+    its own keys only and not on the gaps that the others leave."""
+    first = ds._first_page(cache, shared) * cache.page_size
+    own = ds._local(indices, first, cache.num_slots)  # [b, s_q, topk], or [b, topk]
+    if ds.num_context == 1:
+        return own, length
+    if length is not None:
+        length = length.reshape(length.shape + (1,) * (own.ndim - length.ndim))  # broadcasts to [b, s_q, topk]
+        own = jnp.where(lax.broadcasted_iota(jnp.int32, own.shape, own.ndim - 1) < length, own, -1)
+    there = own >= 0
+    place = jnp.cumsum(there, axis=-1, dtype=jnp.int32) - 1
+    place = jnp.where(there, place, own.shape[-1])  # out of range: dropped
+
+    def compact(own, place):  # [topk] each
+        return jnp.full_like(own, -1).at[place].set(own, mode="drop", unique_indices=False)
+
+    flat = own.reshape(-1, own.shape[-1]), place.reshape(-1, own.shape[-1])
+    count = jnp.sum(there, axis=-1, dtype=jnp.int32)  # [b, s_q], or [b]
+    return jax.vmap(compact)(*flat).reshape(own.shape), count
+
+
+def _merge(ds: DecodeSharding, out, lse, attn_sink, dtype) -> tuple[jax.Array, jax.Array]:
+    """Joins the context ranks' (out float32 [b, s_q, h, d_v], lse [b, s_q, h]); every rank gets the result in `dtype`."""
+    ranks, axis = ds.num_context, ds.context
+    if 0 in out.shape:
+        return out.astype(dtype), lse
+    rows = lse.size
+    each = -(-rows // ranks)  # rows that a rank merges
+
+    def split(x, fill):  # [rows, ...] -> [ranks, each, ...]
+        x = jnp.pad(x, [(0, ranks * each - rows)] + [(0, 0)] * (x.ndim - 1), constant_values=jnp.asarray(fill, x.dtype))
+        return x.reshape(ranks, each, *x.shape[1:])
+
+    outs = lax.all_to_all(split(out.reshape(rows, -1), 0), axis, 0, 0)  # [ranks, each, d_v]: of rows, all partials
+    lses = lax.all_to_all(split(lse.reshape(rows), -jnp.inf), axis, 0, 0)  # [ranks, each]
+    if attn_sink is not None:
+        sinks = split(jnp.broadcast_to(attn_sink[None], (rows // attn_sink.size, attn_sink.size)).reshape(rows), 0)
+        attn_sink = lax.dynamic_index_in_dim(sinks, ds._rank(), keepdims=False)  # [each]
+    merged, merged_lse = merge_partials(outs, lses, attn_sink=attn_sink)  # [each, d_v], [each]
+    gather = functools.partial(lax.all_gather, axis_name=axis, tiled=True)
+    return gather(merged.astype(dtype))[:rows].reshape(out.shape), gather(merged_lse)[:rows].reshape(lse.shape)
+
+
+def _append(ds: DecodeSharding, cache, kv, slots, scale_rule, shared):
+    own = ds._local(slots, ds._first_page(cache, shared) * cache.page_size, cache.num_slots)  # [n]
+    return caches.append_kv(cache, kv, own, scale_rule=scale_rule)
+
+
+def _slots(ds: DecodeSharding, positions, block_table, page_size):
+    return caches.slots_from_positions(positions, block_table, page_size)
+
+
+def _plan_dense(ds: DecodeSharding, lengths, page_size, **options):
+    if ds.num_context > 1:
+        lengths = _own_tokens(ds, jnp.maximum(lengths, 0), page_size)
+    return schedule.plan_decode(lengths, page_size=page_size, **options)
+
+
+def _plan_sparse(ds: DecodeSharding, lengths, topk, extra_topk, **options):
+    ranks = jnp.int32(ds.num_context)
+    main, extra = (lax.div(jnp.maximum(x, 0), ranks) + jnp.minimum(lax.rem(jnp.maximum(x, 0), ranks), 1) for x in lengths)
+    return schedule.plan_sparse_decode(
+        topk, batch=main.shape[0], topk_length=main, extra_topk=extra_topk,
+        extra_topk_length=extra if extra_topk else None, **options,
+    )  # fmt: skip
