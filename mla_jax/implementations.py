@@ -28,10 +28,13 @@ def _check_xla(call: DenseCall | SparseCall, target: Target, config: Any) -> Non
         raise ValueError(f"config is {config!r}; implementation 'xla' has nothing to configure, accepted: None")
 
 
+def _xla_options(call: DenseCall | SparseCall) -> dict[str, Any]:
+    return dict(batch_invariant=call.batch_invariant, out_dtype=jnp.float32 if call.wide_out else None)
+
+
 def _dense_xla(call: DenseCall, config: Any, x: DenseOperands):
-    out_dtype = jnp.float32 if call.wide_out else None
     return xla.dense(
-        x.q, x.cache, x.block_table, x.cache_seqlens, x.sm_scale, is_causal=call.is_causal, out_dtype=out_dtype
+        x.q, x.cache, x.block_table, x.cache_seqlens, x.sm_scale, is_causal=call.is_causal, **_xla_options(call)
     )
 
 
@@ -43,7 +46,7 @@ def _sparse_xla(call: SparseCall, config: Any, x: SparseOperands):
         return s.cache, s.indices, length
 
     scopes = tuple(scope(s) for s in (x.main, x.extra) if s is not None)
-    return xla.sparse(x.q, scopes, x.sm_scale, x.attn_sink, jnp.float32 if call.wide_out else None)
+    return xla.sparse(x.q, scopes, x.sm_scale, x.attn_sink, **_xla_options(call))
 
 
 def _check_sparse_mosaic(call: SparseCall, target: Target, config: Any) -> None:

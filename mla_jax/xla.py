@@ -5,6 +5,9 @@ not grow with context, top-k or batch. Requests are taken in groups whose workin
 that the op holds its output, its index arrays and one more copy of q at most. A group runs as many chunks as its
 longest row needs. On GPUs products are taken in the cache's compute dtype with float32 accumulation, as the kernels do;
 elsewhere in float32, which CPUs compute as fast and which keeps softmax weights exact.
+
+XLA picks how to compute a product by its shape, batch included: where results must not depend on the batch, every item
+is a group of its own.
 """
 
 from __future__ import annotations
@@ -136,6 +139,7 @@ def dense(
     sm_scale: Float32[Array, ""],
     *,
     is_causal: bool,
+    batch_invariant: bool = False,
     out_dtype: Any = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Dense decode: (out [b, s_q, h, d_v] in q's dtype or `out_dtype`, lse float32 [b, s_q, h])."""
@@ -145,7 +149,7 @@ def dense(
     if block_table is None:
         block_table = jnp.arange(b, dtype=jnp.int32)[:, None]  # [b, 1]
     capacity = min(block_table.shape[1] * page_size, 2**31 - 1)
-    size, chunk = _tiling(b, s_q * h, cache.format, capacity)
+    size, chunk = _tiling(1 if batch_invariant else b, s_q * h, cache.format, capacity)
     seqlens = jnp.clip(cache_seqlens, 0, capacity)
     row = jnp.arange(s_q, dtype=jnp.int32)
     reach = (s_q - 1 - row) if is_causal else jnp.zeros_like(row)  # [s_q]: how many keys short of the end row j stops
@@ -176,6 +180,8 @@ def sparse(
     scopes: tuple[tuple[PagedKVCache, Int32[Array, "b s_q topk"], Int32[Array, "b s_q"]], ...],
     sm_scale: Float32[Array, ""],
     attn_sink: Float32[Array, "h"] | None,
+    *,
+    batch_invariant: bool = False,
     out_dtype: Any = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Sparse decode over scopes (cache, indices, lengths): out and lse as `dense`, the sink in `out` only."""
@@ -184,7 +190,8 @@ def sparse(
     items = b * s_q
     caches = [cache for cache, _, _ in scopes]
     fmt = caches[0].format
-    size, chunk = _tiling(items, h, fmt, max(indices.shape[-1] for _, indices, _ in scopes))
+    widest = max(indices.shape[-1] for _, indices, _ in scopes)
+    size, chunk = _tiling(1 if batch_invariant else items, h, fmt, widest)
 
     def flatten(indices, length):
         topk = indices.shape[-1]

@@ -30,7 +30,7 @@ class StepCost:
     collectives: int
 
     def step_us(self, *, hbm_bytes_per_s: float, link_bytes_per_s: float, collective_us: float) -> float:
-        """Time of the step in microseconds at these rates; no overlap is assumed, since the merge needs the partials."""
+        """Time of the step in microseconds at these rates; no overlap: the merge needs the partials."""
         return (
             self.kv_read_bytes / hbm_bytes_per_s * 1e6
             + self.link_bytes / link_bytes_per_s * 1e6

@@ -57,7 +57,7 @@ class Layout:
     def __post_init__(self) -> None:
         if not isinstance(self.mesh, Mesh):
             raise ValueError(f"mesh is {checks.describe(self.mesh)}; accepted: a jax.sharding.Mesh (jax.make_mesh)")
-        named = {}
+        named: dict[str, str] = {}
         for role in ("data", "heads", "context"):
             axis = getattr(self, role)
             if axis is None:
@@ -71,7 +71,7 @@ class Layout:
                 raise ValueError(f"{role}={axis!r} is already {named[axis]}; accepted: a mesh axis in one role only")
             named[axis] = role
 
-    # -- sizes ---------------------------------------------------------------------------------------------------------
+    # -- sizes -----------------------------------------------------------------------------------------------------
 
     def _size(self, axis: str | None) -> int:
         return 1 if axis is None else self.mesh.shape[axis]
@@ -96,7 +96,7 @@ class Layout:
         """Parts of a pool that is not shared."""
         return self.num_data * self.num_context
 
-    # -- specs and shardings ---------------------------------------------------------------------------------------------
+    # -- specs and shardings ---------------------------------------------------------------------------------------
 
     def _parts_axes(self, shared: bool = False) -> tuple[str, ...]:
         axes = (self.context,) if shared else (self.data, self.context)
@@ -126,7 +126,7 @@ class Layout:
         """Of attn_sink [h]."""
         return self.sharding(P(self.heads))
 
-    # -- pages -----------------------------------------------------------------------------------------------------------
+    # -- pages -----------------------------------------------------------------------------------------------------
 
     def pages_of(self, group: int, rank: int, num_pages: int, *, shared: bool = False) -> range:
         """Ids of the pages that data group `group` and context rank `rank` hold, of a pool of `num_pages`."""
@@ -222,7 +222,7 @@ class Layout:
 
         return jax.tree.map(pad, x)
 
-    # -- inside shard_map ------------------------------------------------------------------------------------------------
+    # -- inside shard_map ------------------------------------------------------------------------------------------
 
     def _rank(self) -> jax.Array | int:
         """Context rank of this shard."""
@@ -240,7 +240,7 @@ class Layout:
         here = (ids >= first) & (ids < first + count)
         return jnp.where(here, ids - first, -1)
 
-    # -- checks ----------------------------------------------------------------------------------------------------------
+    # -- checks ----------------------------------------------------------------------------------------------------
 
     def _check_divides(self, name: str, what: str, count: int, among: int) -> None:
         if count % among:

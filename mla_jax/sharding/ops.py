@@ -242,7 +242,7 @@ class DecodeSharding(Layout):
         both = (lengths(topk_length, topk), lengths(extra_topk_length, extra_topk))
         return self._plan(_plan_sparse, both, dict(options, batch_invariant=batch_invariant))
 
-    # -- one way to run them all -----------------------------------------------------------------------------------------
+    # -- one way to run them all -----------------------------------------------------------------------------------
 
     @property
     def _q_spec(self) -> P:
@@ -317,12 +317,14 @@ def _dense(ds: DecodeSharding, q, cache, block_table, cache_seqlens, sm_scale, p
         return decode.mla_decode(q, cache, block_table, cache_seqlens, **options)
     attend = functools.partial(decode.partial_results, decode.mla_decode, **options)
     b, s_q, h, d = q.shape
+    if b == 0:
+        return attend(q, cache, block_table, cache_seqlens)
     page_size, columns = cache.page_size, block_table.shape[1]
     lengths = jnp.clip(cache_seqlens, 0, min(columns * page_size, 2**31 - 1 - page_size))  # [b]
     own_table = _own_columns(ds, block_table)  # [b, columns / C]
     if not is_causal or s_q == 1:
-        part = attend(q, cache, own_table, _own_tokens(ds, lengths, page_size), plan=plan)
-        return _merge(ds, *part, None, q.dtype)
+        out, lse = attend(q, cache, own_table, _own_tokens(ds, lengths, page_size), plan=plan)
+        return _merge(ds, out, lse, None, q.dtype)
     # The rows' ends differ by less than s_q tokens, which may lie on different ranks: no one length a rank says that.
     # So: whole pages that every row sees, and then the few tokens behind them, each row as a request of its own.
     whole = lax.div(jnp.maximum(lengths - (s_q - 1), 0), jnp.int32(page_size))  # [b] pages
@@ -337,7 +339,8 @@ def _dense(ds: DecodeSharding, q, cache, block_table, cache_seqlens, sm_scale, p
     out, lse = attend(q.reshape(b * s_q, 1, h, d), cache, jnp.repeat(page, s_q, axis=0), tail.reshape(-1))
     few = out.reshape(b, s_q, h, -1), lse.reshape(b, s_q, h)
     outs, lses = (jnp.stack(parts) for parts in zip(seen_by_all, few, strict=True))  # [2, b, s_q, h, ...]
-    return _merge(ds, *merge_partials(outs, lses), None, q.dtype)
+    out, lse = merge_partials(outs, lses)
+    return _merge(ds, out, lse, None, q.dtype)
 
 
 def _own_columns(ds: DecodeSharding, table: jax.Array) -> jax.Array:
@@ -369,8 +372,8 @@ def _sparse(
     )  # fmt: skip
     if ds.num_context == 1:
         return decode.sparse_mla_decode(q, cache, indices, attn_sink=attn_sink, return_lse=True, **options)
-    part = decode.partial_results(decode.sparse_mla_decode, q, cache, indices, **options)
-    return _merge(ds, *part, attn_sink, q.dtype)
+    out, lse = decode.partial_results(decode.sparse_mla_decode, q, cache, indices, **options)
+    return _merge(ds, out, lse, attn_sink, q.dtype)
 
 
 def _own_slots(ds: DecodeSharding, cache: PagedKVCache, indices, length, shared: bool) -> tuple[jax.Array, Any]:
@@ -396,7 +399,7 @@ def _own_slots(ds: DecodeSharding, cache: PagedKVCache, indices, length, shared:
 
 
 def _merge(ds: DecodeSharding, out, lse, attn_sink, dtype) -> tuple[jax.Array, jax.Array]:
-    """Joins the context ranks' (out float32 [b, s_q, h, d_v], lse [b, s_q, h]); every rank gets the result in `dtype`."""
+    """Joins the context ranks' (out float32 [b, s_q, h, d_v], lse [b, s_q, h]); all get the result, in `dtype`."""
     ranks, axis = ds.num_context, ds.context
     if 0 in out.shape:
         return out.astype(dtype), lse
@@ -434,7 +437,8 @@ def _plan_dense(ds: DecodeSharding, lengths, page_size, **options):
 
 def _plan_sparse(ds: DecodeSharding, lengths, topk, extra_topk, **options):
     ranks = jnp.int32(ds.num_context)
-    main, extra = (lax.div(jnp.maximum(x, 0), ranks) + jnp.minimum(lax.rem(jnp.maximum(x, 0), ranks), 1) for x in lengths)
+    main, extra = (jnp.maximum(x, 0) for x in lengths)
+    main, extra = (lax.div(x, ranks) + jnp.minimum(lax.rem(x, ranks), 1) for x in (main, extra))  # rounded up
     return schedule.plan_sparse_decode(
         topk, batch=main.shape[0], topk_length=main, extra_topk=extra_topk,
         extra_topk_length=extra if extra_topk else None, **options,
