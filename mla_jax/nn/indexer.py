@@ -10,7 +10,7 @@ are, but it spreads outliers over all dims before e4m3 rounds them.
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import jax
 import jax.numpy as jnp
@@ -20,11 +20,15 @@ from jax import lax
 from mla_jax.cache import PagedKVCache
 from mla_jax.nn.layers import einsum, project
 from mla_jax.quantize import ScaleRule
+from pallas_kernels.formats import KVFormat
+from pallas_kernels.indexer import scores as kernel
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Float32, Int32
 
 SCALE_RULE: ScaleRule = "pow2_low"  # how index keys are quantised, see mla_jax.quantize
+
+Implementation = Literal["kernel", "xla"]
 
 SCORE_BYTES = 32 * 2**20
 """Upper bound for the per-head scores that exist at a time; about what stays in a GPU's L2 cache."""
@@ -54,10 +58,11 @@ def scores(
     cache: PagedKVCache,
     block_table: Int32[Array, "b columns"],
     visible: Int32[Array, "b s"],
+    *,
+    implementation: Implementation | None = None,
 ) -> Float32[Array, "b s n"]:
     """Scores of every position that a block table spans, n = columns * page_size.
 
-    Works through the table some columns at a time, as far as the longest request reaches, and reads no page past it.
     Positions whose page does not exist score -inf. Positions at or past `visible` hold anything, NaN included: the
     caller masks them (`topk.select_topk`).
 
@@ -67,10 +72,34 @@ def scores(
       cache: index keys.
       block_table: pages of each request; entries out of range are no pages.
       visible: how many positions each query may see.
+      implementation: "kernel" (`pallas_kernels.indexer.scores`, NVIDIA GPUs) or "xla"; default: the first where it is
+        compiled for CUDA and takes the shapes.
+
+    Raises:
+      NotImplementedError: "kernel" for shapes or a format that it does not take.
     """
+    plain = functools.partial(_scores_xla, page_size=cache.page_size, fmt=cache.format)
+    if implementation == "xla":
+        return plain(q, weights, cache.data, block_table, visible)
+    try:
+        kernel.check(cache.format, cache.page_size, q.shape[2])
+    except NotImplementedError:
+        if implementation == "kernel":
+            raise
+        return plain(q, weights, cache.data, block_table, visible)
+    fused = functools.partial(kernel.scores, page_size=cache.page_size)
+    arguments = q.astype(jnp.bfloat16), weights, cache.data, block_table, visible
+    if implementation == "kernel":
+        return fused(*arguments)
+    return lax.platform_dependent(*arguments, cuda=fused, default=plain)
+
+
+def _scores_xla(q, weights, data, block_table, visible, *, page_size: int, fmt: KVFormat) -> jax.Array:
+    """Works through the table some columns at a time, as far as the longest request reaches, and no page past it."""
+    cache = PagedKVCache(data, fmt, page_size)
     q = q.astype(cache.format.compute_dtype)
     b, s, heads, _ = q.shape
-    page_size, columns = cache.page_size, block_table.shape[1]
+    columns = block_table.shape[1]
     step = max(1, min(columns, SCORE_BYTES // max(1, b * s * heads * page_size * 4)))  # columns at a time
     steps = -(-columns // step)
     table = jnp.pad(block_table, ((0, 0), (0, steps * step - columns)), constant_values=-1)  # [b, steps * step]

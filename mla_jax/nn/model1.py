@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -465,8 +465,9 @@ def choose(
     q = project(q_latent, params["index_wq_b"]).reshape(b, s, config.index_heads, -1)  # [b, s, heads, index_dim]
     q = indexer.hadamard(rope.rotate_tail(q, cos[:, :, None], sin[:, :, None]))  # [b, s, heads, index_dim]
     weights = indexer.head_weights(x, params["index_weights"], config.index_dim)  # [b, s, heads]
-    scores = indexer.scores(q, weights, index, table, visible)  # [b, s, columns * page_size]
-    return topk.select_topk(scores, visible, _num_extra(config, 4, table.shape[1]))
+    plain: Literal["xla"] | None = "xla" if config.implementation == "xla" else None
+    scores = indexer.scores(q, weights, index, table, visible, implementation=plain)  # [b, s, columns * page_size]
+    return topk.select_topk(scores, visible, _num_extra(config, 4, table.shape[1]), method="radix" if plain else None)
 
 
 def output(params: Params, config: Model1Config, o: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:

@@ -1,13 +1,15 @@
 """Top-k as a set: which k columns of a row of scores are the largest, in no particular order.
 
 `lax.top_k` sorts, and on a GPU a k of 2048 over 32k columns compiles to a full sort of every row. Attention needs
-the set alone, so `select_topk` finds the k-th largest value instead and then collects the columns that reach it. Three
+the set alone, so `select_topk` finds the k-th largest value instead and then collects the columns that reach it. The
 methods give the same set where scores are distinct (ties: `select_topk`); they differ in speed:
 
 * "sort":    `lax.top_k` over the row.
 * "chunked": `lax.top_k` over pieces of the row, then over the pieces' winners. Exact, since a winner of the row wins
              its piece.
 * "radix":   k-th largest key by radix search, 4 bits at a time: eight passes that only count.
+* "kernel":  the same idea in one GPU kernel that keeps the row in registers (`pallas_kernels.indexer.topk`). NVIDIA
+             GPUs only.
 """
 
 from __future__ import annotations
@@ -19,19 +21,21 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-Method = Literal["sort", "chunked", "radix"]
+from pallas_kernels.indexer import topk as kernel
+
+Method = Literal["sort", "chunked", "radix", "kernel"]
 
 _BLOCK = 128  # columns that the collecting step treats as one; its counts are exact in bf16 up to 256
 
 
-def select_topk(scores: jax.Array, visible: jax.Array, k: int, *, method: Method = "radix") -> jax.Array:
+def select_topk(scores: jax.Array, visible: jax.Array, k: int, *, method: Method | None = None) -> jax.Array:
     """Columns of the k largest visible scores of each row, unordered.
 
     Args:
       scores: float32 `[..., n]`. A column at or past `visible` is ignored, whatever it holds (NaN included).
       visible: int32 `[...]`: the row's first `visible` columns take part; clamped to [0, n].
       k: how many columns to choose, at least 1.
-      method: see the module's docstring.
+      method: see the module's docstring; default: "kernel" when compiled for CUDA, else "radix".
 
     Returns:
       int32 `[..., k]`: column numbers, each once, and -1 for the k - visible that are missing. Among equal scores at
@@ -44,17 +48,26 @@ def select_topk(scores: jax.Array, visible: jax.Array, k: int, *, method: Method
         raise ValueError(f"k={k}; accepted: at least 1")
     if visible.shape != scores.shape[:-1]:
         raise ValueError(f"visible has shape {visible.shape}; accepted: {scores.shape[:-1]}, the rows of scores")
-    if method not in get_args(Method):
+    if method not in (None, *get_args(Method)):
         raise ValueError(f"method={method!r}; accepted: {', '.join(get_args(Method))}")
     return _select(scores, visible, k, method)
 
 
 @functools.partial(jax.jit, static_argnames=("k", "method"))
-def _select(scores: jax.Array, visible: jax.Array, k: int, method: Method) -> jax.Array:
+def _select(scores: jax.Array, visible: jax.Array, k: int, method: Method | None) -> jax.Array:
     n = scores.shape[-1]
+    if method is None and k <= kernel.MAX_COLUMNS // 2:
+        branch = functools.partial(_select, k=k, method="kernel")
+        return lax.platform_dependent(
+            scores, visible, cuda=branch, default=functools.partial(_select, k=k, method="radix")
+        )
+    if method == "kernel":
+        rows = kernel.topk(scores.reshape(-1, n), visible.reshape(-1), k)  # [r, k]
+        return rows.reshape(*visible.shape, k)
     keys = _sortable(scores, visible)  # [..., n]
     rows = keys.reshape(-1, n)  # [r, n]
-    columns = {"sort": _by_sort, "chunked": _by_chunks, "radix": _by_radix}[method](rows, min(k, n))  # [r, min(k, n)]
+    choose = {"sort": _by_sort, "chunked": _by_chunks}.get(method or "radix", _by_radix)
+    columns = choose(rows, min(k, n))  # [r, min(k, n)]
     columns = columns.reshape(*scores.shape[:-1], -1)  # [..., min(k, n)]
     missing = jnp.full((*scores.shape[:-1], k - columns.shape[-1]), -1, jnp.int32)  # [..., k - min(k, n)]
     return jnp.concatenate([columns, missing], axis=-1)  # [..., k]

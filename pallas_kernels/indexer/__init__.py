@@ -1,0 +1,1 @@
+"""Kernels of the lightning indexer, lowered through Triton: `scores` reads the paged keys once, `topk` selects."""

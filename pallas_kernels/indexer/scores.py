@@ -1,0 +1,94 @@
+"""The lightning indexer's scores in one kernel: every index key is read once, as e4m3, straight from its page.
+
+    I[t, s] = scale[s] * sum over heads of relu(q[t, head] . k[s]) * w[t, head]
+
+Per-head scores never leave the registers: in plain XLA they are 64 times the output, written and read again.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from pallas_kernels.formats import E4M3, INDEX_FP8, KVFormat
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, BFloat16, Float32, Int32, UInt8
+
+PAGES_PER_PROGRAM = 4  # the queries are loaded once for so many pages
+
+
+def check(fmt: KVFormat, page_size: int, num_heads: int) -> None:
+    """Raises NotImplementedError for what the kernel does not take."""
+    if fmt != INDEX_FP8:
+        raise NotImplementedError(f"format {fmt.name}; this kernel reads {INDEX_FP8.name}")
+    for name, value in (("page_size", page_size), ("num_heads", num_heads)):
+        if value < 16 or value & (value - 1):
+            raise NotImplementedError(f"{name}={value}; this kernel takes powers of two of at least 16")
+
+
+def scores(
+    q: BFloat16[Array, "b s heads d"],
+    weights: Float32[Array, "b s heads"],
+    data: UInt8[Array, "pages page_bytes"],
+    block_table: Int32[Array, "b columns"],
+    visible: Int32[Array, "b s"],
+    *,
+    page_size: int,
+    interpret: bool = False,
+) -> Float32[Array, "b s n"]:
+    """Scores of every position that a block table spans, n = columns * page_size; -inf where there is no page.
+
+    Positions at or past the greatest `visible` of a request are not written: they hold anything.
+    """
+    b, s, heads, d = q.shape
+    columns = block_table.shape[1]
+    check(INDEX_FP8, page_size, heads)
+    reach = jnp.max(visible, axis=1)  # [b]
+    static = dict(page_size=page_size, s=s, heads=heads, d=d, columns=columns, pages=data.shape[0])
+    return pl.pallas_call(
+        functools.partial(_kernel, **static),
+        out_shape=jax.ShapeDtypeStruct((b, s, columns * page_size), jnp.float32),
+        grid=(b, pl.cdiv(columns, PAGES_PER_PROGRAM)),
+        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=2),
+        interpret=interpret,
+        name="index_scores",
+    )(q, weights, data, block_table, reach)
+
+
+def _kernel(q_ref, w_ref, data_ref, table_ref, reach_ref, out_ref, *, page_size, s, heads, d, columns, pages):
+    r, first = pl.program_id(0), pl.program_id(1) * PAGES_PER_PROGRAM
+    end = jnp.minimum(jnp.minimum(first + PAGES_PER_PROGRAM, columns), pl.cdiv(reach_ref[r], page_size))
+    token = jnp.arange(page_size, dtype=jnp.int32)  # [page_size]
+    within = token[:, None] * d + jnp.arange(d, dtype=jnp.int32)[None, :]  # [page_size, d]: bytes of the values
+    scale_at = page_size * d + 4 * token  # [page_size]: first bytes of the scales
+
+    for j in range(s):
+        q = q_ref[r, j]  # [heads, d]
+        w = w_ref[r, j]  # [heads]
+
+        def one_page(column, carry, j=j, q=q, w=w):
+            page = table_ref[r, column]
+            exists = (page >= 0) & (page < pages)
+            page = jnp.where(exists, page, 0)
+            key = lax.bitcast_convert_type(data_ref[page, within], E4M3).astype(jnp.bfloat16)  # [page_size, d]
+            dot = jnp.dot(q, key.T, preferred_element_type=jnp.float32)  # [heads, page_size]
+            score = jnp.sum(jnp.maximum(dot, 0.0) * w[:, None], axis=0)  # [page_size]
+            score = jnp.where(exists, score * _scales(data_ref, page, scale_at), -jnp.inf)  # [page_size]
+            out_ref[r, j, pl.ds(column * page_size, page_size)] = score
+            return carry
+
+        lax.fori_loop(first, end, one_page, 0)
+
+
+def _scales(data_ref, page, at):
+    """float32 `[page_size]` from their little-endian bytes: a wider view of the pool would be a copy of it."""
+    byte = [data_ref[page, at + i].astype(jnp.int32) for i in range(4)]
+    bits = byte[0] | (byte[1] << 8) | (byte[2] << 16) | (byte[3] << 24)
+    return lax.bitcast_convert_type(bits, jnp.float32)

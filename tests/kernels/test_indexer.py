@@ -1,0 +1,92 @@
+"""The indexer's kernels, interpreted on the CPU, against numpy; `-m aot` compiles them for an H100."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mla_jax import PagedKVCache, append_kv, unpack_kv
+from pallas_kernels.formats import BF16_512, INDEX_FP8
+from pallas_kernels.indexer import scores, topk
+
+
+def check_topk(values, visible, k, columns):
+    for row, n, got in zip(values, visible, columns, strict=True):
+        n = int(np.clip(n, 0, len(row)))
+        chosen, rest = got[: min(n, k)], got[min(n, k) :]
+        assert (rest == -1).all() and len(set(chosen.tolist())) == len(chosen)
+        assert ((chosen >= 0) & (chosen < n)).all()
+        np.testing.assert_array_equal(np.sort(row[chosen]), np.sort(row[:n])[::-1][: len(chosen)][::-1])
+
+
+@pytest.mark.parametrize(("n", "k", "pieces"), [(1, 1, 1), (100, 16, 1), (1000, 130, 1), (900, 100, 4), (2000, 128, 8)])
+def test_topk(n, k, pieces, monkeypatch):
+    if pieces > 1:
+        monkeypatch.setattr(topk, "MAX_COLUMNS", 256)
+    rng = np.random.default_rng(n)
+    values = rng.standard_normal((6, n)).astype(np.float32)
+    values[1] = rng.integers(-1, 2, n)  # ties
+    values[2] = -np.inf
+    values[3, n // 2 :] = np.nan  # not visible
+    visible = np.array([n, n, n, n // 2, 0, n + 5], np.int32)
+    columns = np.asarray(topk.topk(jnp.asarray(values), jnp.asarray(visible), k, interpret=True))
+    check_topk(values, visible, k, columns)
+
+
+def test_topk_prefers_low_columns_among_equals():
+    columns = topk.topk(jnp.ones((1, 700)), jnp.array([650], jnp.int32), 64, interpret=True)
+    assert set(columns[0].tolist()) == set(range(64))
+
+
+def test_topk_refuses_more_than_half_a_program():
+    with pytest.raises(NotImplementedError, match="k=20000"):
+        topk.topk(jnp.ones((1, 30_000)), jnp.array([1], jnp.int32), 20_000)
+
+
+@pytest.mark.parametrize(("s", "heads", "page"), [(1, 64, 64), (3, 16, 16)])
+def test_scores(s, heads, page):
+    rng = np.random.default_rng(0)
+    b, columns, pages = 2, 5, 12
+    keys = jnp.asarray(rng.standard_normal((pages * page, 128)), jnp.bfloat16)
+    slots = jnp.arange(pages * page, dtype=jnp.int32)
+    cache = append_kv(PagedKVCache.zeros(INDEX_FP8, pages, page), keys, slots, scale_rule="pow2_low")
+    rows = np.asarray(unpack_kv(cache), np.float64).reshape(pages, page, 128)
+    table = rng.permutation(pages)[: b * columns].reshape(b, columns).astype(np.int32)
+    table[1, 2], table[0, 3] = -1, 2**31 - 1
+    q = rng.standard_normal((b, s, heads, 128)).astype(jnp.bfloat16)
+    w = rng.standard_normal((b, s, heads)).astype(np.float32)
+    visible = np.tile(np.array([[columns * page], [2 * page + 3]], np.int32), (1, s))
+    got = scores.scores(
+        *map(jnp.asarray, (q, w, cache.data, table, visible)), page_size=page, interpret=True
+    )  # [b, s, n]
+    for r in range(b):
+        for t in range(visible[r, 0]):
+            p = table[r, t // page]
+            dot = np.einsum("shd,d->sh", q[r].astype(np.float64), rows[p, t % page]) if 0 <= p < pages else None
+            want = -np.inf if dot is None else (np.maximum(dot, 0) * w[r]).sum(-1)
+            np.testing.assert_allclose(got[r, :, t], want, rtol=1e-3, atol=1e-2)
+
+
+def test_scores_refuse_what_they_do_not_read():
+    cases = {"BF16_512": (BF16_512, 64, 64), "page_size=24": (INDEX_FP8, 24, 64), "num_heads=4": (INDEX_FP8, 64, 4)}
+    for reason, arguments in cases.items():
+        with pytest.raises(NotImplementedError, match=reason):
+            scores.check(*arguments)
+
+
+@pytest.mark.aot
+def test_the_kernels_compile_for_an_h100():
+    aot = pytest.importorskip("pallas_kernels.aot", reason="needs the aot machinery of pallas_kernels")
+    try:
+        aot.device("sm_90a")
+    except aot.Unavailable as reason:
+        pytest.skip(str(reason))
+    spec = jax.ShapeDtypeStruct
+    for n in (32_768, 131_072):
+        aot.compile_for("sm_90a", lambda x, v: topk.topk(x, v, 2048), spec((4, n), jnp.float32), spec((4,), jnp.int32))
+    aot.compile_for(
+        "sm_90a",
+        lambda *a: scores.scores(*a, page_size=64),
+        *(spec((2, 1, 64, 128), jnp.bfloat16), spec((2, 1, 64), jnp.float32), spec((9, 64 * 132), jnp.uint8)),
+        *(spec((2, 4), jnp.int32), spec((2, 1), jnp.int32)),
+    )
