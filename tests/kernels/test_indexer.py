@@ -75,6 +75,7 @@ def test_scores_refuse_what_they_do_not_read():
 
 
 @pytest.mark.aot
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")
 def test_the_kernels_compile_for_an_h100():
     aot = pytest.importorskip("pallas_kernels.aot", reason="needs the aot machinery of pallas_kernels")
     try:

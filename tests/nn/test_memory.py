@@ -138,6 +138,7 @@ def test_the_scanned_model_computes_what_its_layers_do():
 
 
 @pytest.mark.aot
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")
 @pytest.mark.parametrize("model", [v32_model, model1_model])
 def test_donated_steps_copy_no_pool_on_cuda(model):
     """The same program compiled for an H100 without one."""
