@@ -177,11 +177,11 @@ def params_from_tensors(
     return params
 
 
-def dequantize(weight: np.ndarray, scale: np.ndarray) -> np.ndarray:
-    """weight e4m3 `[o, i]` times scale `[ceil(o / 128), ceil(i / 128)]`, one per block -> float32 `[o, i]`."""
+def dequantize(weight: np.ndarray, scale: np.ndarray, block: int = SCALE_BLOCK) -> np.ndarray:
+    """weight e4m3 `[o, i]` times scale `[ceil(o / block), ceil(i / block)]`, one per block -> float32 `[o, i]`."""
     o, i = weight.shape
-    rows = np.repeat(scale.astype(np.float32), SCALE_BLOCK, axis=0)[:o]  # [o, ceil(i / 128)]
-    return weight.astype(np.float32) * np.repeat(rows, SCALE_BLOCK, axis=1)[:, :i]  # [o, i]
+    rows = np.repeat(scale.astype(np.float32), block, axis=0)[:o]  # [o, ceil(i / block)]
+    return weight.astype(np.float32) * np.repeat(rows, block, axis=1)[:, :i]  # [o, i]
 
 
 def load_layer(
@@ -197,7 +197,7 @@ def load_layer(
     """
     prefix = layer_prefix(config, layer) if prefix is None else prefix
     tensors: dict[str, np.ndarray] = {}
-    for file in _files(Path(path), prefix):
+    for file in checkpoint_files(Path(path), prefix):
         tensors |= read_safetensors(file, prefix)
     return params_from_tensors(config, layer, tensors, prefix=prefix)
 
@@ -221,7 +221,8 @@ def _split(tensor: Tensor, array: np.ndarray, specs: Mapping[str, jax.ShapeDtype
     return {p: jnp.asarray(part).astype(specs[p].dtype) for p, part in zip(tensor.params, parts, strict=True)}
 
 
-def _files(path: Path, prefix: str) -> Iterable[Path]:
+def checkpoint_files(path: Path, prefix: str) -> Iterable[Path]:
+    """The safetensors files at `path` (a file or a directory) that can hold tensors whose names begin with `prefix`."""
     if path.is_file():
         return [path]
     index = path / "model.safetensors.index.json"
