@@ -144,19 +144,21 @@ def windows_by_definition(tokens, at):
     return window
 
 
-@settings(max_examples=20, deadline=None)
-@given(data=st.data())
-def test_any_chunking_is_one_pass(data):
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1))
+def test_any_chunking_is_one_pass(seed):
     """Blocks of 4 with any number kept, three requests side by side: prefill in chunks, decode, and verification."""
-    special = st.sampled_from([CONFIG.image_token_id, CONFIG.pad_token_id, -1])
-    tokens = [data.draw(st.lists(st.integers(0, 238) | special, min_size=0, max_size=9)) for _ in range(3)]
-    history = np.full((3, BACK), data.draw(st.integers(0, 238)), np.int32)  # a slot that another request used before
+    rng = np.random.default_rng(seed)
+    special = [CONFIG.image_token_id, CONFIG.pad_token_id, -1]
+    draw = lambda n: np.where(rng.random(n) < 0.3, rng.choice(special, n), rng.integers(0, 239, n))  # noqa: E731
+    tokens = [draw(n) for n in rng.integers(0, 10, 3)]
+    history = np.full((3, BACK), rng.integers(0, 239), np.int32)  # a slot that another request used before
     done = np.zeros(3, np.int32)
     while any(done[i] < len(tokens[i]) for i in range(3)):
-        kept = [data.draw(st.integers(0, min(4, len(t) - n))) for t, n in zip(tokens, done, strict=True)]
-        drafts = data.draw(st.integers(0, 238))  # what is not kept may be anything
-        kept_tokens = [t[n : n + k] for t, n, k in zip(tokens, done, kept, strict=True)]
-        block = np.array([[*ids, *[drafts] * (4 - len(ids))] for ids in kept_tokens], np.int32)
+        kept = [rng.integers(0, min(4, len(t) - n) + 1) for t, n in zip(tokens, done, strict=True)]
+        block = rng.integers(0, 239, (3, 4)).astype(np.int32)  # what is not kept may be anything
+        for i, k in enumerate(kept):
+            block[i, :k] = tokens[i][done[i] : done[i] + k]
         windows, keep, history = jax.device_get(step(block, history, done, np.array(kept, np.int32)))
         for i in range(3):
             for t in range(kept[i]):
