@@ -27,6 +27,7 @@ class SparseConfig:
     """
 
     ahead: int = 0
+    prefetch: bool = False
     softmax_registers: int = 208
     value_registers: int = 176
     gather_registers: int = 120
@@ -85,10 +86,19 @@ class Scope:
         return self.row_bytes // CHUNK_BYTES
 
     @property
-    def staged_row_bytes(self) -> int:
-        """Distance of raw rows in shared memory: an odd number of chunks, so that the same chunk of 8 consecutive rows
-        lies in 8 different bank groups."""
-        return (self.row_chunks | 1) * CHUNK_BYTES
+    def skipped_chunks(self) -> int:
+        """Chunks of scales between the latent and the rotary part of a raw row."""
+        return (self.rope_offset_bytes - self.fmt.d_nope) // CHUNK_BYTES
+
+    @property
+    def data_chunks(self) -> int:
+        """Chunks of a raw row that hold values."""
+        return self.row_chunks - self.skipped_chunks
+
+    @property
+    def chunks_per_lane(self) -> int:
+        """Chunks of a group's values that each lane of a warp handles."""
+        return GROUP_ROWS * self.data_chunks // mgpu.WARP
 
     @property
     def rope_offset_bytes(self) -> int:
@@ -129,6 +139,6 @@ def unsupported(fmt: KVFormat) -> str | None:
     if fmt.scale_tile % COLUMN_TILE:
         return f"{fmt.name}: the kernel needs scale tiles in multiples of {COLUMN_TILE}"
     group_bytes = GROUP_ROWS * fmt.d_qk * 2
-    if scope.row_bytes % CHUNK_BYTES or GROUP_ROWS * scope.staged_row_bytes > group_bytes:
+    if scope.row_bytes % CHUNK_BYTES or GROUP_ROWS * scope.row_bytes > group_bytes:
         return f"{fmt.name}: {GROUP_ROWS} raw rows do not fit where their dequantised values go"
     return None

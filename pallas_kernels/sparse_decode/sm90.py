@@ -301,6 +301,8 @@ def _gather_warpgroup(data, indices, parts, pieces, lengths, *, scopes, config, 
             parity = lax.rem(number, jnp.int32(2))
             ops.finish_block(slots, loaded, kv, rows, stage, parity, scope, config.ahead)
             plgpu.barrier_arrive(full.at[stage])
+            if config.prefetch:
+                ops.prefetch(data[k], next_slots, scope, config.ahead)
             return next_slots, ops.load_ahead(data[k], next_slots, scope, config.ahead)
 
         @pl.when(begin < end)
