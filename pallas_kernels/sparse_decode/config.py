@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from pallas_kernels import formats, mgpu
+from pallas_kernels import formats
 from pallas_kernels.formats import KVFormat
 
 TILE_HEADS = 64  # query heads of one CTA: the rows of a wgmma
@@ -15,31 +15,29 @@ COLUMN_TILE = 64  # bf16 columns of a 128-byte swizzled tile
 GROUP_ROWS = 8  # rows of a swizzled tile; a warp copies and dequantises such a group by itself
 COLUMN_TILE_BYTES = GROUP_ROWS * COLUMN_TILE * 2  # one swizzled tile
 
+# 65536 registers over 4 warpgroups of 128 threads. ptxas gives each thread 128 before the warpgroups redistribute them.
+MAX_REGISTERS = 512
+
 
 @dataclasses.dataclass(frozen=True)
 class SparseConfig:
     """Choices that change speed, never results.
 
     Attributes:
-      ahead: how many of a warp's two groups of raw rows are loaded into registers before the block's stage is free; the
-        others are copied to the stage once it is.
-      softmax_registers, value_registers, gather_registers: registers a thread of the three warpgroups.
+      softmax_registers, value_registers, gather_registers, copy_registers: registers a thread of the four warpgroups.
     """
 
-    ahead: int = 0
-    prefetch: bool = False
     softmax_registers: int = 208
     value_registers: int = 176
-    gather_registers: int = 120
+    gather_registers: int = 104
+    copy_registers: int = 24
 
     def __post_init__(self) -> None:
-        if self.ahead not in (0, 1, 2):
-            raise ValueError(f"ahead must be 0, 1 or 2, got {self.ahead!r}")
-        registers = (self.softmax_registers, self.value_registers, self.gather_registers)
-        if any(r % 8 or not 24 <= r <= 240 for r in registers) or sum(registers) > mgpu.MAX_REGISTERS:
+        registers = (self.softmax_registers, self.value_registers, self.gather_registers, self.copy_registers)
+        if any(r % 8 or not 24 <= r <= 240 for r in registers) or sum(registers) > MAX_REGISTERS:
             raise ValueError(
-                f"registers of the three warpgroups must be multiples of 8 in [24, 240] whose sum is at most "
-                f"{mgpu.MAX_REGISTERS} (more hangs at setmaxnreg), got {registers}"
+                f"registers of the four warpgroups must be multiples of 8 in [24, 240] whose sum is at most "
+                f"{MAX_REGISTERS} (more hangs at setmaxnreg), got {registers}"
             )
 
 
@@ -86,19 +84,10 @@ class Scope:
         return self.row_bytes // CHUNK_BYTES
 
     @property
-    def skipped_chunks(self) -> int:
-        """Chunks of scales between the latent and the rotary part of a raw row."""
-        return (self.rope_offset_bytes - self.fmt.d_nope) // CHUNK_BYTES
-
-    @property
-    def data_chunks(self) -> int:
-        """Chunks of a raw row that hold values."""
-        return self.row_chunks - self.skipped_chunks
-
-    @property
-    def chunks_per_lane(self) -> int:
-        """Chunks of a group's values that each lane of a warp handles."""
-        return GROUP_ROWS * self.data_chunks // mgpu.WARP
+    def staged_row_bytes(self) -> int:
+        """Distance of raw rows in shared memory: an odd number of chunks, so that the same chunk of 8 consecutive rows
+        lies in 8 different bank groups."""
+        return (self.row_chunks | 1) * CHUNK_BYTES
 
     @property
     def rope_offset_bytes(self) -> int:
@@ -139,6 +128,6 @@ def unsupported(fmt: KVFormat) -> str | None:
     if fmt.scale_tile % COLUMN_TILE:
         return f"{fmt.name}: the kernel needs scale tiles in multiples of {COLUMN_TILE}"
     group_bytes = GROUP_ROWS * fmt.d_qk * 2
-    if scope.row_bytes % CHUNK_BYTES or GROUP_ROWS * scope.row_bytes > group_bytes:
+    if scope.row_bytes % CHUNK_BYTES or GROUP_ROWS * scope.staged_row_bytes > group_bytes:
         return f"{fmt.name}: {GROUP_ROWS} raw rows do not fit where their dequantised values go"
     return None

@@ -4,14 +4,13 @@ A block of 64 keys becomes one stage `kv[stage]`, bf16 [64, d_qk] in swizzled ti
 rows are one contiguous run of memory, a *group*. Each of the 4 warps owns two groups of a block and works on them
 without any other warp. Raw rows (656 or 576 bytes) have no buffer of their own:
 
-* The first `ahead` groups travel through registers. They are loaded while the previous block's products run, before
-  their stage is free.
-* The others are copied to the beginning of their own memory (8 * d_qk * 2 bytes, nearly twice as much) once the stage
-  is free, one `cp.async.bulk` a row. The warp reads all raw bytes of a group into registers, then overwrites them with
-  the dequantised values.
+1. The copy warpgroup has the raw rows brought to the beginning of the group's own memory (8 * d_qk * 2 bytes, nearly
+   twice as much), one `cp.async.bulk` a row, as soon as the stage is free.
+2. The gather warpgroup reads all raw bytes of a group into registers (11 times 16 bytes a lane), then overwrites them
+   with the dequantised values.
 
-The lanes of a warp lie along a row, 16 bytes each: the 512 latent bytes of V32 are one access of 4 or 5 cache lines.
-(With eight rows an access, each of its four phases touches eight lines: loads took 1.5 times as long on an H200.)
+Lane l works on row l % 8 of the group and on 16-byte chunks l // 8, l // 8 + 4, ...; with raw rows an odd number of
+chunks apart, reads of raw bytes and writes of swizzled values are free of bank conflicts.
 
     value = bf16(e4m3 * scale), product in float32, one rounding
 
@@ -44,6 +43,8 @@ from pallas_kernels.sparse_decode.config import (
 )
 
 GROUPS_PER_WARP = 2  # 4 warps, 64 rows
+LANE_CHUNKS = 4  # lanes that share a row
+STAGED_BYTES = LANE_CHUNKS * CHUNK_BYTES  # what the lanes of a row cover with one instruction
 MASKED = -float("inf")
 MINUS_INFINITY = 0xFF800000 - 2**32  # the same as the bits of a float32, seen as int32
 
@@ -51,17 +52,13 @@ MINUS_INFINITY = 0xFF800000 - 2**32  # the same as the bits of a float32, seen a
 BIAS_ROW = 0  # STAGES rows: 0 for a key, -inf for none
 RESCALE_ROW = STAGES  # what the accumulators are multiplied by before a block
 FACTOR_ROW = STAGES + 1  # what they are multiplied by at the end
-BARRIER_ROW = STAGES + 2  # the bulk copies' 8 mbarriers
+BARRIER_ROW = STAGES + 2  # the bulk copies' mbarriers: one a stage, warp and group
 ROWS = STAGES + 3
 
 # One value a row of a block: row = 32 * register + 8 * warp + lane % 8.
 BLOCK_ROW = plgpu.Layout.TILED(
     plgpu.Tiling(((32, 64), (8, 16), (8,))), warp_dims=(-5,), lane_dims=(-4, -3), vector_dim=-1
 ).reduce(1)
-# The raw bytes of a group as int32 [4 * 8 rows, 16 * n]: n registers of 16 bytes a lane.
-RAW_ROWS = plgpu.Layout.TILED(
-    plgpu.Tiling(((32, 16), (8, 4))), warp_dims=(-4,), lane_dims=(-3, -2), vector_dim=-1
-)
 SPLAT = plgpu.Layout.WG_SPLAT
 REF = plgpu.RefType()
 TILES = plgpu.RefType(mgpu.tile((GROUP_ROWS, COLUMN_TILE)).transforms)
@@ -88,14 +85,6 @@ def _add(x: ir.Value, y: ir.Value | int) -> ir.Value:
 
 def _mul(x: ir.Value, y: int) -> ir.Value:
     return arith.muli(x, _int(y, x.type))
-
-
-def _div(x: ir.Value, y: int) -> ir.Value:
-    return arith.divui(x, _int(y, x.type))
-
-
-def _rem(x: ir.Value, y: int) -> ir.Value:
-    return arith.remui(x, _int(y, x.type))
 
 
 def _wide(x: ir.Value) -> ir.Value:
@@ -146,9 +135,10 @@ class _Lane:
 
     def __init__(self) -> None:
         thread = mosaic.utils.thread_idx()
-        self.lane = _rem(thread, mgpu.WARP)
-        self.warp = _rem(_div(thread, mgpu.WARP), 4)
-        self.row = _rem(self.lane, GROUP_ROWS)  # of a group: the row whose slot the lane knows
+        self.lane = arith.remui(thread, _int(mgpu.WARP, _i32()))
+        self.warp = arith.remui(arith.divui(thread, _int(mgpu.WARP, _i32())), _int(4, _i32()))
+        self.row = arith.remui(self.lane, _int(GROUP_ROWS, _i32()))  # of a group
+        self.chunk = arith.divui(self.lane, _int(GROUP_ROWS, _i32()))  # of LANE_CHUNKS
 
     def group(self, kv: ir.Value, stage: ir.Value, k: int, d_qk: int) -> ir.Value:
         """Shared-memory address of the warp's k-th group."""
@@ -156,14 +146,10 @@ class _Lane:
         first = _add(_smem(kv), _mul(stage, BLOCK_TOKENS * d_qk * 2))
         return _add(first, _mul(_add(self.warp, 4 * k), group_bytes))
 
-
-def _place(group: ir.Value, tile: ir.Value | int, row: ir.Value | int, chunk: ir.Value) -> ir.Value:
-    """Address of a row's swizzled 16-byte chunk (0 to 7) in a column tile of a group."""
-    if isinstance(row, int):
-        row = _int(row, _i32())
-    inside = _add(_mul(row, 2 * COLUMN_TILE), _mul(arith.xori(chunk, row), CHUNK_BYTES))
-    start = _mul(tile, COLUMN_TILE_BYTES) if isinstance(tile, ir.Value) else COLUMN_TILE_BYTES * tile
-    return _add(_add(group, inside), start)
+    def swizzled(self, group: ir.Value, chunk: ir.Value) -> ir.Value:
+        """Address of the lane's row's 16-byte chunk (0 to 7) in the first column tile of a group."""
+        place = arith.xori(chunk, self.row)
+        return _add(group, _add(_mul(self.row, 2 * COLUMN_TILE), _mul(place, CHUNK_BYTES)))
 
 
 def _row_address(data: ir.Value, slot: ir.Value, scope: Scope) -> tuple[ir.Value, ir.Value]:
@@ -186,79 +172,17 @@ def _is_key(slot: ir.Value, scope: Scope) -> ir.Value:
     return _less(slot, min(scope.num_slots, 2**31 - 1))
 
 
-def _shuffle(value: ir.Value, source: ir.Value | int) -> ir.Value:
-    """A 32-bit value of another lane."""
-    source = _int(source, _i32()) if isinstance(source, int) else source
-    return asm("shfl.sync.idx.b32 $0, $1, $2, 31, 0xffffffff;", "=r,r,r", value, source, result="i32")
-
-
-class _Rows:
-    """Addresses of a group's rows, for every lane. Address 0 stands for a key that does not count."""
-
-    def __init__(self, row: ir.Value, key: ir.Value):
-        row = arith.select(key, row, _int(0, _i64()))
-        self._low = arith.trunci(_i32(), row)
-        self._high = arith.trunci(_i32(), arith.shrui(row, _int(32, _i64())))
-
-    def __getitem__(self, row: ir.Value | int) -> tuple[ir.Value, ir.Value]:
-        """(address, whether it is one) of a row, which may differ between lanes."""
-        low, high = _wide(_shuffle(self._low, row)), _wide(_shuffle(self._high, row))
-        address = arith.ori(arith.shli(high, _int(32, _i64())), low)
-        return address, arith.cmpi(arith.CmpIPredicate.ne, address, _int(0, _i64()))
-
-
-def _row_chunks(lane: _Lane, scope: Scope) -> list[tuple[ir.Value | int, ir.Value]]:
-    """(row, chunk of the raw row) of each 16 bytes that a lane handles of a group, so that its lanes cover the group:
-    first chunk `lane` of each of the 8 rows, then what is left of the rows."""
-    first = [(row, lane.lane) for row in range(GROUP_ROWS)]
-    rest = scope.data_chunks - mgpu.WARP  # 8 (V32: RoPE) or 4 (MODEL1: half of RoPE)
-    rows = mgpu.WARP // rest
-    skip = mgpu.WARP + scope.skipped_chunks
-    left = [
-        (_add(_div(lane.lane, rest), rows * n), _add(_rem(lane.lane, rest), skip)) for n in range(GROUP_ROWS // rows)
-    ]
-    return first + left
-
-
 WORDS = "!llvm.struct<(i32, i32, i32, i32)>"
 
 
-def _load16(address: ir.Value) -> list[ir.Value]:
+def _load16(address: ir.Value, offset_bytes: int) -> list[ir.Value]:
     """16 bytes of shared memory as four registers."""
-    text = "ld.shared.v4.b32 {$0, $1, $2, $3}, [$4];"
+    text = f"ld.shared.v4.b32 {{$0, $1, $2, $3}}, [$4+{offset_bytes}];"
     return _fields(asm(text, "=r,=r,=r,=r,r", address, result=WORDS), [_i32()] * 4)
 
 
-def _load16_global(key: ir.Value, address: ir.Value) -> list[ir.Value]:
-    """16 bytes of global memory as four registers; zeros, and no access, unless `key`."""
-    text = (
-        "{ mov.b32 $0, 0; mov.b32 $1, 0; mov.b32 $2, 0; mov.b32 $3, 0; "
-        "@$4 ld.global.nc.L1::no_allocate.L2::128B.v4.b32 {$0, $1, $2, $3}, [$5]; }"
-    )
-    return _fields(asm(text, "=&r,=&r,=&r,=&r,b,l", key, address, result=WORDS), [_i32()] * 4)
-
-
-def _raw_array(chunks: list[list[ir.Value]]):
-    layout = RAW_ROWS.to_mgpu()
-    registers = np.empty(layout.registers_shape((4 * GROUP_ROWS, 16 * len(chunks))), object)
-    flat = registers.reshape(-1)
-    for k, words in enumerate(chunks):
-        flat[k] = vector.from_elements(ir.VectorType.get((4,), _i32()), words)
-    return mosaic.FragmentedArray(_registers=registers, _layout=layout, _is_signed=True)
-
-
-def _raw_chunks(array) -> list[list[ir.Value]]:
-    return [
-        [vector.extract(v, dynamic_position=[], static_position=[e]) for e in range(4)]
-        for v in array.registers.reshape(-1)
-    ]
-
-
-def _store16(address: ir.Value, words: list[ir.Value], condition: ir.Value | None = None) -> None:
-    if condition is None:
-        asm("st.shared.v4.b32 [$0], {$1, $2, $3, $4};", "r,r,r,r,r", address, *words)
-    else:
-        asm("@$5 st.shared.v4.b32 [$0], {$1, $2, $3, $4};", "r,r,r,r,r,b", address, *words, condition)
+def _store16(address: ir.Value, offset_bytes: int, words: list[ir.Value]) -> None:
+    asm(f"st.shared.v4.b32 [$0+{offset_bytes}], {{$1, $2, $3, $4}};", "r,r,r,r,r", address, *words)
 
 
 def _dequantize(word: ir.Value, scale: ir.Value) -> list[ir.Value]:
@@ -275,38 +199,16 @@ def _dequantize(word: ir.Value, scale: ir.Value) -> list[ir.Value]:
     return _fields(pair, [_i32()] * 2)
 
 
-def _e8m0(byte: ir.Value) -> ir.Value:
-    """A byte as the float32 2^(byte - 127): 0 for byte 0 (2^-127 is subnormal), NaN for 255."""
-    text = """{
+def _e8m0(word: ir.Value, byte: int) -> ir.Value:
+    """A byte of a register as the float32 2^(byte - 127): 0 for byte 0 (2^-127 is subnormal), NaN for 255."""
+    text = f"""{{
       .reg .b32 x; .reg .pred p;
-      setp.eq.u32 p, $1, 255;
-      shl.b32 x, $1, 23;
+      bfe.u32 x, $1, {8 * byte}, 8;
+      setp.eq.u32 p, x, 255;
+      shl.b32 x, x, 23;
       @p mov.b32 x, 0x7fc00000;
-      mov.b32 $0, x; }"""
-    return llvm.inline_asm(ir.F32Type.get(), [byte], text, "=f,r")
-
-
-def _load_scale_word(lane: _Lane, rows: _Rows, scales: ir.Value, key: ir.Value, scope: Scope) -> ir.Value:
-    """The word that the calling lane keeps of a group's scales, for `_scale_of_row`."""
-    if scope.scale_record == 0:  # float32 scale l % 4 of row l // 4
-        address, exists = rows[_div(lane.lane, 4)]
-        address = _add(address, _wide(_mul(_rem(lane.lane, 4), 4)))
-        text = f"{{ mov.b32 $0, 0; @$1 ld.global.nc.b32 $0, [$2+{scope.scale_offset_bytes}]; }}"
-        return asm(text, "=&r,b,l", exists, address, result="i32")
-    # Bytes 0 to 3 of row l % 8 in the first half of the warp, bytes 4 to 7 in the second.
-    address = _add(scales, _wide(_mul(_div(lane.lane, 16), 4)))
-    return asm("{ mov.b32 $0, 0; @$1 ld.global.nc.b32 $0, [$2]; }", "=&r,b,l", key, address, result="i32")
-
-
-def _scale_of_row(lane: _Lane, word: ir.Value, row: int, scope: Scope) -> ir.Value:
-    """The float32 scale of the calling lane's latent columns 16 * lane to 16 * lane + 15 of a row."""
-    lanes = scope.fmt.scale_tile // CHUNK_BYTES  # that share a scale
-    index = _div(lane.lane, lanes)
-    if scope.scale_record == 0:
-        return arith.bitcast(ir.F32Type.get(), _shuffle(word, _add(index, 4 * row)))
-    word = _shuffle(word, _add(_mul(_div(lane.lane, 16), 16), row))
-    byte = arith.andi(arith.shrui(word, _mul(_rem(index, 4), 8)), _int(255, _i32()))
-    return _e8m0(byte)
+      mov.b32 $0, x; }}"""
+    return llvm.inline_asm(ir.F32Type.get(), [word], text, "=f,r")
 
 
 def _sync_warp() -> None:
@@ -319,18 +221,22 @@ def _sync_warp() -> None:
 class SparseHardware(mgpu.Hardware):
     """Gather, dequantisation and masked stores, as they are on a GPU."""
 
-    def init_gather(self, rows) -> None:
-        """Prepares the mbarriers of bulk copies; called by the gathering warpgroup, which alone uses them."""
+    def copy_scratch(self) -> dict[str, plgpu.Barrier]:
+        """Scratch types beside `rows` that `start_copy` and `await_copy` need."""
+        return {}
+
+    def init_copies(self, rows) -> None:
+        """Prepares the mbarriers of bulk copies. One warpgroup does; the others must be told."""
 
         @plgpu.inline_mgpu(arg_types=(REF,))
         def init(_, rows):
             lane = _Lane()
-            barriers = _add(_smem(rows), _barrier_offset(lane))
-            for k in range(GROUPS_PER_WARP):
-                asm(f"@$0 mbarrier.init.shared::cta.b64 [$1+{8 * k}], 1;", "b,r", _equal(lane.lane, 0), barriers)
+            for stage in range(STAGES):
+                for k in range(GROUPS_PER_WARP):
+                    barrier = _barrier(lane, rows, _int(stage, _i32()), k)
+                    asm("@$0 mbarrier.init.shared::cta.b64 [$1], 1;", "b,r", _equal(lane.lane, 0), barrier)
             asm("fence.mbarrier_init.release.cluster;")
             asm("fence.proxy.async.shared::cta;")
-            _sync_warp()
 
         init(rows)
 
@@ -355,97 +261,67 @@ class SparseHardware(mgpu.Hardware):
 
         return load(indices, item, block, length)
 
-    def load_ahead(self, data, slots, scope: Scope, ahead: int) -> tuple[jax.Array, ...]:
-        """Loads what may come before a block's stage is free: the first groups' raw rows, and all scales."""
-        if not scope.fmt.is_quantized:
+    def load_scales(self, data, slots, scope: Scope) -> tuple[jax.Array, ...]:
+        """Scales that do not lie in the rows (MODEL1): two int32 [64] in BLOCK_ROW layout, 8 bytes a row."""
+        if not scope.fmt.is_quantized or scope.scale_record == 0:
             return ()
-        raw = plgpu.ShapeDtypeStruct((4 * GROUP_ROWS, 16 * scope.chunks_per_lane), jnp.int32, RAW_ROWS)
-        words = plgpu.ShapeDtypeStruct((BLOCK_TOKENS,), jnp.int32, BLOCK_ROW)
+        word = plgpu.ShapeDtypeStruct((BLOCK_TOKENS,), jnp.int32, BLOCK_ROW)
 
-        @plgpu.inline_mgpu(arg_types=(REF, BLOCK_ROW), return_type=(*(raw,) * ahead, words))
+        @plgpu.inline_mgpu(arg_types=(REF, BLOCK_ROW), return_type=(word, word))
         def load(_, data, slots):
-            lane = _Lane()
-            groups, words = [], []
-            for k, slot in enumerate(_row_values(slots)):
-                key = _is_key(slot, scope)
-                row, scales = _row_address(data, slot, scope)
-                rows = _Rows(row, key)
-                words.append(_load_scale_word(lane, rows, scales, key, scope))
-                if k < ahead:
-                    chunks = []
-                    for which, chunk in _row_chunks(lane, scope):
-                        address, exists = rows[which]
-                        chunks.append(_load16_global(exists, _add(address, _wide(_mul(chunk, CHUNK_BYTES)))))
-                    groups.append(_raw_array(chunks))
-            return (*groups, _row_array(words))
+            words = []
+            for slot in _row_values(slots):
+                _, scales = _row_address(data, slot, scope)
+                text = "{ mov.b32 $0, 0; mov.b32 $1, 0; @$2 ld.global.nc.v2.b32 {$0, $1}, [$3]; }"
+                pair = asm(text, "=&r,=&r,b,l", _is_key(slot, scope), scales, result="!llvm.struct<(i32, i32)>")
+                words.append(_fields(pair, [_i32()] * 2))
+            return tuple(_row_array([w[k] for w in words]) for k in range(2))
 
         return tuple(load(data, slots))
 
-    def prefetch(self, data, slots, scope: Scope, ahead: int) -> None:
-        """Asks L2 for the rows that `start_block` will copy."""
-        if not scope.fmt.is_quantized:
-            return
+    def start_copy(self, data, slots, kv, rows, stage, scope: Scope, copied=None) -> None:
+        """Begins to copy a block's raw rows to a free stage."""
+        self._start(_copy_raw, data, slots, kv, rows, stage, scope)
 
-        @plgpu.inline_mgpu(arg_types=(REF, BLOCK_ROW))
-        def run(_, data, slots):
-            lane = _Lane()
-            for slot in _row_values(slots)[ahead:]:
-                row, _ = _row_address(data, slot, scope)
-                go = arith.andi(_is_key(slot, scope), _less(lane.lane, GROUP_ROWS))
-                asm(f"@$0 cp.async.bulk.prefetch.L2.global [$1], {scope.row_bytes};", "b,l", go, row)
+    def copy_plain(self, data, slots, kv, rows, stage, scope: Scope) -> None:
+        """Begins to copy a block's bf16 rows to a free stage; the same warpgroup finishes."""
+        self._start(_copy_plain, data, slots, kv, rows, stage, scope)
 
-        run(data, slots)
-
-    def start_block(self, data, slots, kv, rows, stage, scope: Scope, ahead: int) -> None:
-        """Begins to copy a block's rows to a free stage: all that `load_ahead` does not load."""
-        d_qk = scope.fmt.d_qk
-
+    def _start(self, copy, data, slots, kv, rows, stage, scope) -> None:
         @plgpu.inline_mgpu(arg_types=(REF, BLOCK_ROW, TILES, REF, SPLAT))
         def start(_, data, slots, kv, rows, stage):
             lane = _Lane()
             for k, slot in enumerate(_row_values(slots)):
-                if k < ahead and scope.fmt.is_quantized:
-                    continue
-                key = _is_key(slot, scope)
                 row, _ = _row_address(data, slot, scope)
-                group = lane.group(kv, _scalar(stage), k, d_qk)
-                if scope.fmt.is_quantized:
-                    barrier = _add(_smem(rows), _add(_barrier_offset(lane), 8 * k))
-                    _copy_raw(lane, group, row, key, barrier, scope)
-                else:
-                    _copy_plain(lane, group, _Rows(row, key), _gmem(data), scope)
+                group = lane.group(kv, _scalar(stage), k, scope.fmt.d_qk)
+                barrier = _barrier(lane, rows, _scalar(stage), k)
+                copy(lane, group, row, _is_key(slot, scope), barrier, _gmem(data), scope)
 
         start(data, slots, kv, rows, stage)
 
-    def finish_block(self, slots, loaded, kv, rows, stage, parity, scope: Scope, ahead: int) -> None:
+    def finish_block(self, data, slots, scales, kv, rows, stage, parity, scope: Scope, copied=None) -> None:
         """Waits for the rows, dequantises them, writes the mask, makes it all visible to wgmma."""
-        d_qk = scope.fmt.d_qk
-        layouts = ((RAW_ROWS,) * ahead + (BLOCK_ROW,)) if scope.fmt.is_quantized else ()
 
-        @plgpu.inline_mgpu(arg_types=(BLOCK_ROW, layouts, TILES, REF, SPLAT, SPLAT))
-        def finish(_, slots, loaded, kv, rows, stage, parity):
+        @plgpu.inline_mgpu(arg_types=(BLOCK_ROW, (BLOCK_ROW,) * len(scales), TILES, REF, SPLAT, SPLAT))
+        def finish(_, slots, scales, kv, rows, stage, parity):
             lane = _Lane()
             keys = [_is_key(slot, scope) for slot in _row_values(slots)]
+            scale_words = [_row_values(s) for s in scales]
             bias = _add(_smem(rows), _add(_mul(_scalar(stage), 4 * BLOCK_TOKENS), 4 * BLOCK_TOKENS * BIAS_ROW))
             bias = _add(bias, _mul(_add(_mul(lane.warp, GROUP_ROWS), lane.row), 4))
             for k, key in enumerate(keys):
                 mask = arith.select(key, _int(0, _i32()), _int(MINUS_INFINITY, _i32()))
                 asm(f"st.shared.b32 [$0+{128 * k}], $1;", "r,r", bias, mask)
-            if scope.fmt.is_quantized:
-                words = _row_values(loaded[-1])
-                for k, key in enumerate(keys):
-                    group = lane.group(kv, _scalar(stage), k, d_qk)
-                    if k < ahead:
-                        chunks = _raw_chunks(loaded[k])
-                    else:
-                        _wait(_add(_smem(rows), _add(_barrier_offset(lane), 8 * k)), _scalar(parity))
-                        chunks = _read_raw(lane, group, key, scope)
-                    _dequantize_group(lane, group, chunks, words[k], scope)
-            else:
+            if not scope.fmt.is_quantized:
                 asm("cp.async.wait_all;")
+            for k, key in enumerate(keys if scope.fmt.is_quantized else ()):
+                group = lane.group(kv, _scalar(stage), k, scope.fmt.d_qk)
+                _wait(_barrier(lane, rows, _scalar(stage), k), _scalar(parity))
+                chunks = _read_raw(lane, group, key, scope)
+                _dequantize_group(lane, group, chunks, [w[k] for w in scale_words], scope)
             asm("fence.proxy.async.shared::cta;")
 
-        finish(slots, tuple(loaded), kv, rows, stage, parity)
+        finish(slots, tuple(scales), kv, rows, stage, parity)
 
     def store_rows(self, x, *, out, index, tile, column: int, num_rows: int) -> None:
         """x [64, n] -> out[index, 64 * tile + row, column:column + n] for rows that exist. float32 or bf16."""
@@ -499,33 +375,31 @@ class SparseHardware(mgpu.Hardware):
         store(x, out, index, tile)
 
 
-def _barrier_offset(lane: _Lane) -> ir.Value:
-    return _add(_mul(lane.warp, 8 * GROUPS_PER_WARP), 4 * BLOCK_TOKENS * BARRIER_ROW)
+def _barrier(lane: _Lane, rows: ir.Value, stage: ir.Value, k: int) -> ir.Value:
+    """Address of the mbarrier of the warp's k-th group of a stage."""
+    number = _add(_mul(_add(_mul(stage, 4), lane.warp), GROUPS_PER_WARP), k)
+    return _add(_smem(rows), _add(_mul(number, 8), 4 * BLOCK_TOKENS * BARRIER_ROW))
 
 
-def _copy_plain(lane, group, rows, fallback, scope) -> None:
-    """bf16 rows, straight to their swizzled places. Keys that do not count arrive as zeros, read from nowhere."""
-    per_row, rest = divmod(scope.row_chunks, mgpu.WARP)
-    work: list[tuple[ir.Value | int, ir.Value]] = [
-        (row, _add(lane.lane, mgpu.WARP * n)) for row in range(GROUP_ROWS) for n in range(per_row)
-    ]
-    if rest:
-        each = mgpu.WARP // rest  # rows a pass
-        work += [
-            (_add(_div(lane.lane, rest), each * n), _add(_rem(lane.lane, rest), mgpu.WARP * per_row))
-            for n in range(GROUP_ROWS // each)
-        ]
-    for row, chunk in work:
-        address, exists = rows[row]
-        source = _add(arith.select(exists, address, fallback), _wide(_mul(chunk, CHUNK_BYTES)))
-        size = arith.select(exists, _int(CHUNK_BYTES, _i32()), _int(0, _i32()))
-        target = _place(group, _div(chunk, 8), row, _rem(chunk, 8))
-        asm("cp.async.cg.shared.global.L2::128B [$0], [$1], 16, $2;", "r,l,r", target, source, size)
+def _staged(lane: _Lane, group: ir.Value, scope: Scope) -> ir.Value:
+    """Where the lane's first chunk of its raw row is staged."""
+    return _add(group, _add(_mul(lane.row, scope.staged_row_bytes), _mul(lane.chunk, CHUNK_BYTES)))
 
 
-def _copy_raw(lane, group, row, key, barrier, scope) -> None:
-    """Raw rows, one bulk copy each, issued by the first 8 lanes."""
-    go = arith.andi(key, _less(lane.lane, GROUP_ROWS))
+def _copy_plain(lane, group, row, key, barrier, fallback, scope) -> None:
+    """bf16 rows, straight to their swizzled places."""
+    size = arith.select(key, _int(CHUNK_BYTES, _i32()), _int(0, _i32()))
+    source = _add(arith.select(key, row, fallback), _wide(_mul(lane.chunk, CHUNK_BYTES)))
+    targets = [lane.swizzled(group, _add(lane.chunk, LANE_CHUNKS * half)) for half in range(2)]
+    for n in range(scope.row_chunks // LANE_CHUNKS):
+        at = COLUMN_TILE_BYTES * (n // 2)
+        text = f"cp.async.cg.shared.global.L2::128B [$0+{at}], [$1+{STAGED_BYTES * n}], 16, $2;"
+        asm(text, "r,l,r", targets[n % 2], source, size)
+
+
+def _copy_raw(lane, group, row, key, barrier, fallback, scope) -> None:
+    """Raw rows, one bulk copy each, issued by the 8 lanes of chunk 0."""
+    go = arith.andi(key, _equal(lane.chunk, 0))
     text = f"{{ vote.sync.ballot.b32 $0, $1, 0xffffffff; popc.b32 $0, $0; mul.lo.u32 $0, $0, {scope.row_bytes}; }}"
     num_bytes = asm(text, "=r,b", go, result="i32")
     text = "@$0 mbarrier.arrive.expect_tx.shared::cta.b64 _, [$1], $2;"
@@ -534,7 +408,7 @@ def _copy_raw(lane, group, row, key, barrier, scope) -> None:
         "@$0 cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes "
         f"[$1], [$2], {scope.row_bytes}, [$3];"
     )
-    asm(text, "b,r,l,r", go, _add(group, _mul(lane.row, scope.row_bytes)), row, barrier)
+    asm(text, "b,r,l,r", go, _staged(lane, group, scope), row, barrier)
 
 
 def _wait(barrier: ir.Value, parity: ir.Value) -> None:
@@ -547,56 +421,55 @@ def _wait(barrier: ir.Value, parity: ir.Value) -> None:
     )
 
 
+def _raw_offsets(scope: Scope) -> list[tuple[int, bool]]:
+    """The 16-byte chunks of a raw row that a lane holds: byte offset, and whether it counts from the lane's own chunk.
+    First the latent columns, a column tile each; then RoPE, in two; then the scales, if they are in the row."""
+    latent = [(STAGED_BYTES * n, True) for n in range(scope.fmt.d_nope // COLUMN_TILE)]
+    rotary = [(scope.rope_offset_bytes + STAGED_BYTES * half, True) for half in range(2)]
+    scales = [(scope.scale_offset_bytes, False)] if scope.scale_record == 0 else []
+    return latent + rotary + scales
+
+
 def _read_raw(lane, group, key, scope) -> list[list[ir.Value]]:
     """The lane's chunks of a group that `_copy_raw` has brought, zeros for keys that do not count."""
+    raw_row = _add(group, _mul(lane.row, scope.staged_row_bytes))
+    places = [(_staged(lane, group, scope) if per_lane else raw_row, at) for at, per_lane in _raw_offsets(scope)]
     missing = arith.xori(key, _int(1, ir.IntegerType.get_signless(1)))
-    column = _div(lane.lane, GROUP_ROWS)
-    own_row = _add(group, _add(_mul(lane.row, scope.row_bytes), _mul(column, CHUNK_BYTES)))
-    for first in range(0, scope.row_chunks, 4):
-        inside = arith.andi(missing, _less(_add(column, first), scope.row_chunks))
-        text = f"@$0 st.shared.v4.b32 [$1+{CHUNK_BYTES * first}], {{$2, $2, $2, $2}};"
-        asm(text, "b,r,r", inside, own_row, _int(0, _i32()))
-    _sync_warp()
-    chunks = []
-    for row, chunk in _row_chunks(lane, scope):
-        start = _mul(row, scope.row_bytes) if isinstance(row, ir.Value) else row * scope.row_bytes
-        chunks.append(_load16(_add(_add(group, _mul(chunk, CHUNK_BYTES)), start)))
+    for address, at in places:
+        asm(f"@$0 st.shared.v4.b32 [$1+{at}], {{$2, $2, $2, $2}};", "b,r,r", missing, address, _int(0, _i32()))
+    chunks = [_load16(address, at) for address, at in places]
     _sync_warp()  # every lane holds its raw bytes: they may be overwritten
     return chunks
 
 
-def _dequantize_group(lane, group, chunks, scale_word, scope) -> None:
+def _dequantize_group(lane, group, chunks, scale_words, scope) -> None:
     """The lane's chunks of 8 raw rows -> 8 rows of bf16."""
-    latent_tiles = scope.fmt.d_nope // COLUMN_TILE
-    tile, quarter = _div(lane.lane, 4), _rem(lane.lane, 4)
-    # 16 latent values are two chunks of a tile. Lanes of odd tiles write the second first: eight lanes, eight places.
-    odd = _equal(_rem(tile, 2), 1)
-    chunk = _add(_mul(quarter, 2), _rem(tile, 2))
-    is_latent = _less(tile, latent_tiles)
-    mixed = latent_tiles * 4 < mgpu.WARP  # MODEL1: the last lanes of a row hold RoPE, as it is
-    if mixed:
-        chunk = arith.select(is_latent, chunk, quarter)
-    for row in range(GROUP_ROWS):
-        words = chunks[row]
-        scale = _scale_of_row(lane, scale_word, row, scope)
+    fmt = scope.fmt
+    column_tiles = fmt.d_nope // COLUMN_TILE
+    latent, rotary = chunks[:column_tiles], chunks[column_tiles : column_tiles + 2]
+    if scale_words:
+        scales = [_e8m0(scale_words[n // 4], n % 4) for n in range(fmt.num_scales)]
+    else:
+        scales = [arith.bitcast(ir.F32Type.get(), word) for word in chunks[-1]]
+    even = lane.swizzled(group, _mul(lane.chunk, 2))
+    odd = arith.xori(even, _int(CHUNK_BYTES, _i32()))
+    for n, words in enumerate(latent):
+        scale = scales[n * COLUMN_TILE // fmt.scale_tile]
         pairs = [_dequantize(word, scale) for word in words]
-        halves = pairs[0] + pairs[1], pairs[2] + pairs[3]
-        first = [arith.select(odd, y, x) for x, y in zip(*halves, strict=True)]
-        second = [arith.select(odd, x, y) for x, y in zip(*halves, strict=True)]
-        if mixed:
-            first = [arith.select(is_latent, x, word) for x, word in zip(first, words, strict=True)]
-        place = _place(group, tile, row, chunk)
-        _store16(place, first)
-        _store16(arith.xori(place, _int(CHUNK_BYTES, _i32())), second, is_latent if mixed else None)
-    for (row, raw_chunk), words in zip(_row_chunks(lane, scope)[GROUP_ROWS:], chunks[GROUP_ROWS:], strict=True):
-        first_chunk = scope.rope_offset_bytes // CHUNK_BYTES
-        _store16(_place(group, latent_tiles, row, _add(raw_chunk, -first_chunk)), words)
+        _store16(even, COLUMN_TILE_BYTES * n, pairs[0] + pairs[1])
+        _store16(odd, COLUMN_TILE_BYTES * n, pairs[2] + pairs[3])
+    for half, words in enumerate(rotary):
+        place = lane.swizzled(group, _add(lane.chunk, LANE_CHUNKS * half))
+        _store16(place, COLUMN_TILE_BYTES * column_tiles, words)
 
 
 class SparseInterpreted(mgpu.Interpreted):
     """The same in plain jax.numpy."""
 
-    def init_gather(self, rows) -> None:
+    def copy_scratch(self):
+        return {"copied": plgpu.Barrier(num_barriers=STAGES)}
+
+    def init_copies(self, rows) -> None:
         pass
 
     def load_slots(self, indices, item, block, length, scope):
@@ -604,18 +477,21 @@ class SparseInterpreted(mgpu.Interpreted):
         slots = jnp.take(indices[item], jnp.minimum(place, scope.topk - 1))  # [64]
         return jnp.where(place < length, slots, -1)
 
-    def load_ahead(self, data, slots, scope, ahead):
-        return (_interpreted_rows(data[...], slots, scope),)
+    def load_scales(self, data, slots, scope):
+        return ()
 
-    def prefetch(self, data, slots, scope, ahead) -> None:
-        pass
+    def start_copy(self, data, slots, kv, rows, stage, scope, copied) -> None:
+        self.copy_plain(data, slots, kv, rows, stage, scope)
+        plgpu.barrier_arrive(copied.at[stage])
 
-    def start_block(self, data, slots, kv, rows, stage, scope, ahead) -> None:
+    def copy_plain(self, data, slots, kv, rows, stage, scope) -> None:
         # The stage holds neither the old keys nor the new ones from here on.
         kv[stage] = jnp.full((BLOCK_TOKENS, scope.fmt.d_qk), jnp.nan, jnp.bfloat16)
 
-    def finish_block(self, slots, loaded, kv, rows, stage, parity, scope, ahead) -> None:
-        kv[stage] = loaded[0]
+    def finish_block(self, data, slots, scales, kv, rows, stage, parity, scope, copied) -> None:
+        if scope.fmt.is_quantized:
+            plgpu.barrier_wait(copied.at[stage])
+        kv[stage] = _interpreted_rows(data[...], slots, scope)
         key = (slots >= 0) & (slots < scope.num_slots)
         rows[BIAS_ROW + stage] = jnp.where(key, 0.0, MASKED).astype(jnp.float32)
         self.publish_smem()
