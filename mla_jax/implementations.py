@@ -9,8 +9,9 @@ import jax.numpy as jnp
 from mla_jax import xla
 from mla_jax.calls import DenseCall, DenseOperands, Scope, SparseCall, SparseOperands
 from mla_jax.dispatch import Implementation, Target, check_cuda, check_tested_jax
+from pallas_kernels import dense_decode as dense_kernel
 from pallas_kernels import sparse_decode as sparse_kernel
-from pallas_kernels.schedule import plan_sparse_decode
+from pallas_kernels.schedule import plan_decode, plan_sparse_decode
 
 
 def _not_in_this_version(kind: str):
@@ -30,6 +31,30 @@ def _check_xla(call: DenseCall | SparseCall, target: Target, config: Any) -> Non
 
 def _xla_options(call: DenseCall | SparseCall) -> dict[str, Any]:
     return dict(batch_invariant=call.batch_invariant, out_dtype=jnp.float32 if call.wide_out else None)
+
+
+def _check_dense_mosaic(call: DenseCall, target: Target, config: Any) -> None:
+    check_tested_jax()
+    check_cuda(target)
+    dense_kernel.check_supported(
+        q_dtype=call.fmt.compute_dtype, kv_dtype=call.fmt.storage_dtype, d_qk=call.fmt.d_qk, d_v=call.fmt.d_v,
+        capability=target.capability,
+    )  # fmt: skip
+    if config is not None and not isinstance(config, dense_kernel.DenseConfig):
+        raise ValueError(f"config is {config!r}; accepted by 'mosaic': None or a DenseConfig")
+
+
+def _dense_mosaic(call: DenseCall, config: Any, x: DenseOperands):
+    plan = x.plan
+    if plan is None:
+        plan = plan_decode(
+            x.cache_seqlens, s_q=call.s_q, num_heads=call.h, page_size=call.page_size,
+            batch_invariant=call.batch_invariant,
+        )  # fmt: skip
+    return dense_kernel.dense_decode(
+        x.q, x.cache.data, x.block_table, x.cache_seqlens, plan, x.sm_scale,
+        is_causal=call.is_causal, d_v=call.fmt.d_v, config=config,
+    )  # fmt: skip
 
 
 def _dense_xla(call: DenseCall, config: Any, x: DenseOperands):
@@ -90,7 +115,7 @@ def _sparse_mosaic(call: SparseCall, config: Any, x: SparseOperands):
 
 
 DENSE = (
-    Implementation("mosaic", *_not_in_this_version("Mosaic GPU")),
+    Implementation("mosaic", _check_dense_mosaic, _dense_mosaic),
     Implementation("triton", *_not_in_this_version("Triton-lowered")),
     Implementation("xla", _check_xla, _dense_xla),
 )

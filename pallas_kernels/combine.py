@@ -45,7 +45,7 @@ def combine(
 
     Args:
       out: bf16 `[items, rows, d_v]`.
-      lse: float32 `[items, padded_rows]`, natural logarithm; padded_rows >= rows.
+      lse: float32 `[items, at least rows]`, natural logarithm.
       partial_out: float32 `[max_pieces, padded_rows, d_v]`, each normalised by its own sum; 0 for a piece without keys.
       partial_lse2: float32 `[max_pieces, padded_rows]`, base-2 logarithm; -inf for a piece without keys.
       splits: int32 `[items + 1]`, as in `SplitPlan`.
@@ -87,7 +87,7 @@ def _merge_rows(
     attn_sink=None,  # f32 [heads]
     *,
     out_ref,  # bf16 [items, rows, d_v]
-    lse_ref,  # f32 [items, padded_rows]
+    lse_ref,  # f32 [items, rows or more]
     num_rows,
     rows_per_cta,
     ops,
@@ -100,8 +100,8 @@ def _merge_rows(
     first_row = lax.axis_index("rows") * rows_per_cta
     # Behind the last row there is padding to read, but nothing to write.
     rows = [jnp.minimum(first_row + r, num_rows - 1) for r in range(rows_per_cta)]
+    first, behind = splits[item], splits[item + 1]  # of the plan, which is older than the kernel that is waited for
     ops.wait_for_primary()
-    first, behind = splits[item], splits[item + 1]
 
     @pl.when(behind - first > 1)
     def _():

@@ -28,8 +28,9 @@ import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental.mosaic.gpu import utils as mosaic_utils
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import llvm, nvvm
+from jaxlib.mlir.dialects import arith, llvm, nvvm
 
 WARPGROUP = 128  # threads
 WARP = 32  # threads
@@ -118,6 +119,10 @@ class Barriers:
         """Blocks until everyone who should has arrived."""
         _run_asm(f"bar.sync {self._text[name]}")
 
+    def meet(self, name: str) -> None:
+        """Arrives and waits: for barriers at which every side does both (`wait_threads` is 0)."""
+        _run_asm(f"bar.sync {self._text[name]}")
+
 
 def _run_asm(text: str) -> None:
     @plgpu.inline_mgpu()
@@ -125,6 +130,16 @@ def _run_asm(text: str) -> None:
         asm(text)
 
     run()
+
+
+@dataclasses.dataclass(frozen=True)
+class GatherRows:
+    """Rows for `gather_rows`: tokens `first_token`.. of request `item`, from `first_column` on. Traced int32 `[]`s."""
+
+    item: jax.Array
+    first_token: jax.Array
+    end_token: jax.Array  # exclusive
+    first_column: int
 
 
 class Hardware:
@@ -156,12 +171,96 @@ class Hardware:
         """Waits until the previous kernel's writes are visible."""
         plgpu.griddepcontrol_wait()
 
+    def gather_rows(self, source: Any, table: Any, dst: Any, bias: Any, rows: GatherRows) -> None:
+        """Copies one row per token from anywhere into a tile: for pages too small or odd for TMA.
+
+        Called by a whole warpgroup; returns when the rows lie in shared memory, visible to wgmma. Rows of tokens from
+        `rows.end_token` on, and of pages outside [0, pages), become zeros and are not read.
+
+        Args:
+          source: bf16 `[pages, page_size, d]` in GMEM.
+          table: int32 `[b, max_pages]` in GMEM, or None: token t of item i is row t of page i.
+          dst: bf16 `[64, columns]`, a `tile` in SMEM.
+          bias: float32 `[64]` in SMEM, or None: becomes 0 for the rows that were copied and -inf for the zeros.
+          rows: which ones.
+        """
+        _gather_rows(source, table, dst, bias, rows)
+
     def producer_warp(self, run: Callable[[], None]) -> None:
         """Runs `run` on the first warp of the calling warpgroup."""
 
         @plgpu.warp_map
         def _(warp):
             pl.when(warp == 0)(run)
+
+
+def _gather_rows(source: Any, table: Any, dst: Any, bias: Any, rows: GatherRows) -> None:
+    """`Hardware.gather_rows`: two threads a row, 16 bytes a copy, shared-memory addresses swizzled by hand."""
+    num_pages, page_size, d = source.shape
+    num_rows, columns = dst.shape
+    if num_rows * 2 != WARPGROUP:
+        raise ValueError(f"gather_rows wants a tile of {WARPGROUP // 2} rows, got {num_rows}")
+    chunk_bytes, row_bytes, atom_bytes = 16, 128, 1024  # of a copy, of a row of an (8, 64) tile, of that tile
+    tile_type = plgpu.RefType((plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(row_bytes)))  # type: ignore[abstract]
+    scalar = plgpu.Layout.WG_SPLAT
+    optional = [ref for ref in (table, bias) if ref is not None]
+
+    @plgpu.inline_mgpu(arg_types=(tile_type, scalar, scalar, scalar, *[plgpu.RefType()] * (1 + len(optional))))
+    def copy(_, dst, item, first_token, end_token, source, *optional_refs):
+        table_ref = optional_refs[:1] if table is not None else ()
+        i32, i64 = ir.IntegerType.get_signless(32), ir.IntegerType.get_signless(64)
+
+        def c(value, kind=i32):
+            return arith.ConstantOp(kind, ir.IntegerAttr.get(kind, value)).result  # type: ignore
+
+        def wide(value):
+            return arith.extsi(i64, value)
+
+        item, first_token, end_token = (x.registers[()] for x in (item, first_token, end_token))
+        thread = arith.remui(mosaic_utils.thread_idx(), c(WARPGROUP))
+        row, odd = arith.divui(thread, c(2)), arith.remui(thread, c(2))
+        token = arith.addi(first_token, row)
+        is_real = arith.cmpi(arith.CmpIPredicate.slt, token, end_token)
+        if table_ref:
+            width = table.shape[1]
+            slot = arith.minui(arith.divui(token, c(page_size)), c(width - 1))
+            entry = arith.addi(arith.muli(wide(item), c(width, i64)), wide(slot))
+            address = arith.addi(
+                llvm.ptrtoint(i64, mosaic_utils.memref_ptr(table_ref[0])), arith.muli(entry, c(4, i64))
+            )
+            page = asm("ld.global.s32 $0, [$1];", "=r,l", address, result="i32")
+            offset = arith.remui(token, c(page_size))
+        else:
+            page, offset = item, token
+        # One unsigned comparison: a negative page is a large one.
+        is_real = arith.andi(is_real, arith.cmpi(arith.CmpIPredicate.ult, page, c(num_pages)))
+        index = arith.addi(arith.muli(wide(page), c(page_size, i64)), wide(offset))
+        index = arith.select(is_real, index, c(0, i64))
+        size = arith.select(is_real, c(chunk_bytes), c(0))  # the copy fills up with zeros
+        base = arith.addi(
+            llvm.ptrtoint(i64, mosaic_utils.memref_ptr(source)),
+            arith.addi(arith.muli(index, c(2 * d, i64)), c(2 * rows.first_column, i64)),
+        )
+        in_tile = arith.remui(row, c(8))
+        tile_row = arith.addi(
+            arith.muli(arith.divui(row, c(8)), c(columns // 64 * atom_bytes)), arith.muli(in_tile, c(row_bytes))
+        )
+        target = arith.addi(llvm.ptrtoint(i32, mosaic_utils.memref_ptr(dst)), tile_row)
+        for step in range(columns * 2 // chunk_bytes // 2):
+            # The two threads of a row take neighbouring chunks. Chunk k of a tile's row r lies at place k ^ r.
+            tile_column, chunk = divmod(2 * step, row_bytes // chunk_bytes)
+            place = arith.xori(arith.ori(c(chunk), odd), in_tile)
+            to = arith.addi(target, arith.addi(c(tile_column * atom_bytes), arith.muli(place, c(chunk_bytes))))
+            at = arith.addi(base, wide(arith.addi(c(2 * step * chunk_bytes), arith.muli(odd, c(chunk_bytes)))))
+            asm(f"cp.async.cg.shared.global [$0], [$1], {chunk_bytes}, $2;", "r,l,r", to, at, size)
+        if bias is not None:
+            at = llvm.ptrtoint(i32, mosaic_utils.memref_ptr(optional_refs[-1]))
+            bits = arith.select(is_real, c(0), c(-(2**23)))  # of 0 and of -inf
+            asm("st.shared.b32 [$0], $1;", "r,r", arith.addi(at, arith.muli(row, c(4))), bits)
+        asm("cp.async.wait_all;")
+
+    copy(dst, rows.item, rows.first_token, rows.end_token, source, *optional)
+    plgpu.commit_smem()
 
 
 class _InterpretedBarriers(Barriers):
@@ -174,6 +273,10 @@ class _InterpretedBarriers(Barriers):
 
     def wait(self, name: str) -> None:
         plgpu.barrier_wait(self._refs[name])
+
+    def meet(self, name: str) -> None:
+        self.arrive(name)
+        self.wait(name)
 
 
 class Interpreted(Hardware):
@@ -197,6 +300,30 @@ class Interpreted(Hardware):
 
     def wait_for_primary(self):
         pass
+
+    def gather_rows(self, source, table, dst, bias, rows):
+        num_pages, page_size, _ = source.shape
+        for row in range(dst.shape[0]):
+            token = rows.first_token + row
+            if table is None:
+                page, offset = rows.item, jnp.minimum(token, page_size - 1)
+            else:
+                slot = jnp.minimum(lax.div(token, jnp.int32(page_size)), table.shape[1] - 1)
+                page, offset = table[rows.item, slot], lax.rem(token, jnp.int32(page_size))
+            is_real = (token < rows.end_token) & (page >= 0) & (page < num_pages)
+
+            def copy(row=row, page=page, offset=offset):
+                dst[row, :] = source[page, offset, pl.ds(rows.first_column, dst.shape[1])]
+                if bias is not None:
+                    bias[row] = jnp.float32(0)
+
+            def clear(row=row):
+                dst[row, :] = jnp.zeros((dst.shape[1],), dst.dtype)
+                if bias is not None:
+                    bias[row] = jnp.float32(-jnp.inf)
+
+            lax.cond(is_real, copy, clear)
+        plgpu.commit_smem()
 
     def producer_warp(self, run):
         run()

@@ -226,7 +226,7 @@ def _balanced(num_blocks, num_parts, overhead):
     end = _cumsum(cost)  # [items]
     # Behind the last item's blocks nothing is left to share.
     share = -(-(end[-1] - overhead) // num_parts)  # []
-    share = jnp.maximum(-(-share // CUT_ALIGN_BLOCKS) * CUT_ALIGN_BLOCKS, CUT_ALIGN_BLOCKS)  # []
+    share = jnp.maximum(-(-share // CUT_ALIGN_BLOCKS), 1) * CUT_ALIGN_BLOCKS  # []
     at = jnp.arange(num_parts + 1, dtype=jnp.int32) * share  # [parts + 1]: where each part would begin
     item = jnp.sum(end[None, :] <= at[:, None], axis=1, dtype=jnp.int32)  # [parts + 1]: the item that lies there
     inside = jnp.minimum(item, num_items - 1)  # [parts + 1]: the same, safe to index with
@@ -260,7 +260,9 @@ def _balanced(num_blocks, num_parts, overhead):
         # The line holds one overhead at each item's end; a piece that ends inside an item adds another.
         return jnp.max(line[1:] - line[:-1] + jnp.where(cut_block > 0, overhead, 0)[1:])
 
-    cut_item, cut_block = place(jnp.where(most_work(even) <= most_work(near), even, near))
+    # On a tie, "even" makes fewer pieces of several items, and "near" of one.
+    better = most_work(even) <= most_work(near) if num_items > 1 else False
+    cut_item, cut_block = place(jnp.where(better, even, near))
 
     # A cut inside an item begins a new piece, and so does every item.
     same = (cut_item[1:] == cut_item[:-1]) & (cut_block[1:] == cut_block[:-1])  # [parts]

@@ -75,7 +75,8 @@ def test_every_block_once_and_balanced(case, invariant_blocks):
         ([64] * 128, 66, 128, 128),  # b=128, h=128, 4096 tokens: two whole requests each, nothing to combine
         ([64] * 128, 132, 64, 128),
         ([128] * 32, 66, 64, 64),  # halves
-        ([128], 66, 2, 64),  # one request over all SMs
+        ([16], 66, 2, 8),
+        ([128], 66, 2, 64),
         ([1024], 66, 16, 64),
         ([0], 66, 0, 1),
         ([0] * 5, 3, 0, 5),

@@ -1,0 +1,316 @@
+"""Ahead-of-time compilation: every kernel to machine code without a GPU, and what the machine code says.
+
+`compile_report` lowers a function for an architecture, lets XLA and ptxas compile it, and reads registers, spills,
+shared memory, instruction counts and loops of each Mosaic kernel in it from what the compilers print. `configurations`
+lists every kernel configuration that ships; `mla-jax aot` and CI compile them all.
+
+Needs the CUDA plugin of jax and ptxas, not a driver (`pip install mla-jax[cuda13]` and the `aot` dependency group).
+One architecture a process: Mosaic GPU registers its ptxas pass for the first one it sees.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import dataclasses
+import functools
+import importlib
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import mgpu
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """A GPU to compile for: what XLA wants to know of it. Facts from the vendor's data sheets."""
+
+    device: str
+    major: int
+    minor: int
+    num_sms: int
+    l2_bytes: int
+    memory_bytes: int
+    memory_bytes_per_s: int
+    clock_ghz: float
+
+
+TARGETS = {
+    "sm_90a": Target("NVIDIA H100 80GB HBM3", 9, 0, 132, 50 * 2**20, 80 * 2**30, 3_350_000_000_000, 1.98),
+    "sm_100a": Target("NVIDIA B200", 10, 0, 148, 126 * 2**20, 180 * 2**30, 7_700_000_000_000, 1.965),
+}
+
+# ------------------------------------------------------------------------------------------------ what is reported
+
+MULTIPLY = ("HGMMA", "QGMMA", "UTCHMMA", "UTCQMMA", "HMMA")  # tensor core instructions
+COUNTED = (*MULTIPLY, "UTMALDG", "UTMASTG", "UBLKCP", "LDGSTS", "LDG", "STG", "LDS", "STS", "LDSM", "STSM", "LDL",
+           "STL", "MUFU", "FMUL", "FFMA", "FADD", "F2FP", "BAR", "SYNCS", "VOTE", "R2UR")  # fmt: skip
+# A loop that multiplies may fetch this many of its invariants from the stack in each round. It must never write there.
+MAX_INVARIANT_RELOADS = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Loop:
+    """An innermost loop: its size and instruction counts, branches that are rarely taken included."""
+
+    instructions: int
+    counts: dict[str, int]
+
+    @property
+    def multiplies(self) -> bool:
+        return any(self.counts.get(op) for op in MULTIPLY)
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """One compiled kernel.
+
+    Attributes:
+      kernel: the kernel's name.
+      arch: "sm_90a" or "sm_100a".
+      registers: a thread, at launch.
+      spill_store_bytes, spill_load_bytes: a thread, over the whole kernel.
+      smem_bytes: a CTA, without barriers.
+      instructions: in the whole kernel.
+      counts: of the instructions in `COUNTED`.
+      loops: innermost loops of at least 16 instructions, in program order.
+      warnings: what ptxas said beyond information.
+    """
+
+    kernel: str
+    arch: str
+    registers: int
+    spill_store_bytes: int
+    spill_load_bytes: int
+    smem_bytes: int
+    instructions: int
+    counts: dict[str, int]
+    loops: tuple[Loop, ...]
+    warnings: tuple[str, ...]
+
+    def problems(self) -> list[str]:
+        """Why this kernel must not ship; empty if it may."""
+        found = [
+            f"ptxas serialises wgmma: {text}" for text in self.warnings if re.search(r"C751[0-2]|serializ", text)
+        ]
+        if self.smem_bytes > mgpu.MAX_SMEM_BYTES:
+            found.append(f"{self.smem_bytes} bytes of shared memory, more than {mgpu.MAX_SMEM_BYTES}")
+        for loop in self.loops:
+            stores, loads = loop.counts.get("STL", 0), loop.counts.get("LDL", 0)
+            if loop.multiplies and (stores or loads > MAX_INVARIANT_RELOADS):
+                found.append(f"a loop of {loop.instructions} instructions spills: {stores} STL, {loads} LDL")
+        return found
+
+
+# ------------------------------------------------------------------------------------------------ compiling
+
+
+def compile_report(fn: Callable, args: Sequence[Any], arch: str) -> tuple[Report, ...]:
+    """Compiles `fn(*args)` for `arch` and reports on each Mosaic kernel in it, in program order.
+
+    Args:
+      fn: any function of arrays.
+      args: a pytree of arrays or `jax.ShapeDtypeStruct`s for each argument.
+      arch: a key of `TARGETS`.
+
+    Raises:
+      ValueError: unknown arch. RuntimeError: another architecture was compiled for in this process, or the compiler is
+        missing; whatever lowering or ptxas raises.
+    """
+    device = _device(arch)
+    sharding = jax.sharding.SingleDeviceSharding(device)
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tuple(args))
+    with jax.default_device(device), _compiler_output() as read:
+        jax.jit(fn).trace(*shapes).lower().compile()
+        text = read()
+    return tuple(_parse(text, arch))
+
+
+@functools.cache
+def _device(arch: str) -> Any:
+    from jax.experimental import topologies
+
+    if arch not in TARGETS:
+        raise ValueError(f"arch is {arch!r}; accepted: {', '.join(TARGETS)}")
+    # Two architectures in a process die in ptxas: "SM version specified by .target is higher than ...".
+    if _device.cache_info().currsize:
+        raise RuntimeError(f"this process has compiled for another architecture than {arch}: use one process for each")
+    try:
+        topology = topologies.get_topology_desc(
+            platform="cuda", target_config=_target_config(TARGETS[arch]), topology="1x1x1"
+        )
+    except Exception as error:
+        raise RuntimeError(f"cannot compile for CUDA here: is jax's CUDA plugin installed? {error}") from error
+    return topology.devices[0]
+
+
+def _target_config(target: Target) -> str:
+    """XLA's GpuTargetConfigProto as text."""
+    return f"""
+gpu_device_info {{
+  threads_per_block_limit: 1024
+  threads_per_warp: 32
+  shared_memory_per_block: 49152
+  shared_memory_per_core: 233472
+  threads_per_core_limit: 2048
+  core_count: {target.num_sms}
+  fpus_per_core: 128
+  block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535
+  block_dim_limit_z: 65535
+  memory_bandwidth: {target.memory_bytes_per_s}
+  l2_cache_size: {target.l2_bytes}
+  clock_rate_ghz: {target.clock_ghz}
+  device_memory_size: {target.memory_bytes}
+  shared_memory_per_block_optin: {mgpu.MAX_SMEM_BYTES}
+  cuda_compute_capability {{ major: {target.major} minor: {target.minor} feature_extension: ACCELERATED_FEATURES }}
+  registers_per_core_limit: 65536
+  registers_per_block_limit: 65536
+  thread_dim_limit_x: 1024
+  thread_dim_limit_y: 1024
+  thread_dim_limit_z: 64
+  device_vendor: "NVIDIA Corporation"
+  device_address_bits: 64
+  ecc_enabled: true
+  name: "{target.device}"
+  driver_version: "13.0.0"
+  runtime_version: "13.0.0"
+  compile_time_toolkit_version: "13.0.0"
+  dnn_version: "9.10.0"
+}}
+platform_name: "CUDA"
+dnn_version_info {{ major: 9 minor: 10 }}
+device_description_str: "{target.device}"
+"""
+
+
+@contextlib.contextmanager
+def _compiler_output() -> Iterator[Callable[[], str]]:
+    """Catches what Mosaic GPU and ptxas write, in Python and below it; yields a function that returns it so far.
+
+    The flags print what `MOSAIC_GPU_DUMP_TO` would write to files among hundreds of megabytes of other things.
+    """
+    flags = ("MOSAIC_GPU_DUMP_PTXAS", "MOSAIC_GPU_DUMP_SASS", "MOSAIC_GPU_DUMP_RESOURCES")
+    before = {flag: os.environ.get(flag) for flag in flags}
+    sys.stdout.flush()
+    sys.stderr.flush()
+    saved = os.dup(1), os.dup(2)
+    with tempfile.TemporaryFile() as file:
+
+        def read() -> str:
+            sys.stdout.flush()
+            file.seek(0)
+            return file.read().decode(errors="replace")
+
+        try:
+            os.environ.update(dict.fromkeys(flags, "1"))
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
+            # Python's own streams may point elsewhere (pytest): Mosaic prints the resources through them.
+            with open(1, "w", closefd=False) as stdout, contextlib.redirect_stdout(stdout):
+                yield read
+        finally:
+            for fd, copy in enumerate(saved, start=1):
+                os.dup2(copy, fd)
+                os.close(copy)
+            for flag, value in before.items():
+                if value is None:
+                    del os.environ[flag]
+                else:
+                    os.environ[flag] = value
+
+
+# ------------------------------------------------------------------------------------------------ reading
+
+
+def _parse(text: str, arch: str) -> Iterator[Report]:
+    smem = [int(n) for n in re.findall(r"Resources\(smem_scratch_bytes=(\d+)", text)]
+    parts = re.split(r"Compiling entry function '(\w+)'", text)
+    # parts: what came before the first kernel, then a name and what follows it, for each. The warnings come before.
+    kernels = list(zip(parts[1::2], parts[2::2], parts[0::2], strict=False))
+    if len(kernels) != len(smem):
+        raise RuntimeError(f"{len(smem)} kernels were lowered, {len(kernels)} compiled: ptxas' output is not understood")
+    for (name, after, before), smem_bytes in zip(kernels, smem, strict=True):
+        registers = re.search(r"Used (\d+) registers", after)
+        spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", after)
+        instructions, labels = _instructions(after, name)
+        if registers is None or spills is None or not instructions:
+            raise RuntimeError(f"ptxas' output about {name} is not understood")
+        notes = before[before.rfind("EIATTR") if "EIATTR" in before else 0 :]
+        warnings = {m[1].strip() for m in re.finditer(r"ptxas \w+\s*: (\(C\d+\).*)", notes)}
+        yield Report(
+            kernel=name.removesuffix("_mosaic_gpu_kernel"),
+            arch=arch,
+            registers=int(registers[1]),
+            spill_store_bytes=int(spills[1]),
+            spill_load_bytes=int(spills[2]),
+            smem_bytes=smem_bytes,
+            instructions=len(instructions),
+            counts=_count(instructions),
+            loops=tuple(_innermost_loops(instructions, labels)),
+            warnings=tuple(sorted(warnings)),
+        )
+
+
+def _instructions(text: str, name: str) -> tuple[list[str], dict[str, int]]:
+    """A kernel's instructions, and the index that each label stands before."""
+    instructions: list[str] = []
+    labels: dict[str, int] = {}
+    body = text.partition(f".text.{name}:")[2]
+    for line in body.splitlines():
+        if label := re.match(r"(\.L_\w+):", line):
+            labels[label[1]] = len(instructions)
+        elif instruction := re.search(r"/\*[0-9a-f]{4,}\*/\s+(.*?)\s*;", line):
+            instructions.append(instruction[1])
+        elif line.startswith("//----"):
+            break
+    return instructions, labels
+
+
+def _innermost_loops(instructions: list[str], labels: dict[str, int]) -> Iterator[Loop]:
+    spans = []
+    for end, instruction in enumerate(instructions):
+        target = re.search(r"\bBRA\b.*?(\.L_\w+)", instruction)
+        if target and labels.get(target[1], end + 1) <= end and end - labels[target[1]] >= 16:
+            spans.append((labels[target[1]], end))
+    for begin, end in spans:
+        if not any(begin <= b and e <= end and (b, e) != (begin, end) for b, e in spans):
+            yield Loop(end - begin + 1, _count(instructions[begin : end + 1]))
+
+
+def _count(instructions: Sequence[str]) -> dict[str, int]:
+    names = (re.sub(r"^@!?U?P\w+\s+", "", text).split()[0].split(".")[0] for text in instructions)
+    found = collections.Counter(name for name in names if name in COUNTED)
+    return {name: found[name] for name in COUNTED if found[name]}
+
+
+# ------------------------------------------------------------------------------------------------ what ships
+
+KERNELS: dict[str, tuple[str, ...]] = {
+    "sm_90a": ("pallas_kernels.dense_decode.aot_cases",),
+    "sm_100a": (),
+}
+"""Modules with a function `configurations() -> {name: (function, arguments)}`, by architecture."""
+
+
+def configurations(arch: str) -> dict[str, tuple[Callable, tuple[Any, ...]]]:
+    """Every kernel configuration that ships for `arch`: name -> (function, arguments), for `compile_report`."""
+    if arch not in KERNELS:
+        raise ValueError(f"arch is {arch!r}; accepted: {', '.join(KERNELS)}")
+    found: dict[str, tuple[Callable, tuple[Any, ...]]] = {}
+    for name in KERNELS[arch]:
+        found |= importlib.import_module(name).configurations()
+    return found
+
+
+def shape(*extents: int, dtype: Any = jnp.bfloat16) -> jax.ShapeDtypeStruct:
+    """Shorthand for the modules in `KERNELS`."""
+    return jax.ShapeDtypeStruct(extents, dtype)
+

@@ -1,0 +1,49 @@
+"""The dense kernel's configurations, for ahead-of-time compilation (pallas_kernels/aot.py).
+
+What a shape changes in the machine code: how rows of a block are fetched (one TMA box, several, row by row), d_qk, the
+causal mask, and whether there is a table. Batch, head count and lengths only change loop bounds and strides.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+
+from pallas_kernels import schedule
+from pallas_kernels.aot import shape
+from pallas_kernels.dense_decode import sm90
+
+
+def configurations() -> dict[str, tuple[Callable, tuple[Any, ...]]]:
+    """name -> (function, arguments)."""
+    cases = {
+        "dense": _case(),
+        "dense-causal": _case(s_q=2, is_causal=True),
+        "dense-d512": _case(d_qk=512),
+        "dense-h3": _case(heads=3),
+        "dense-page128": _case(page_size=128),
+        "dense-page32": _case(page_size=32),
+        "dense-page16-causal": _case(s_q=2, page_size=16, is_causal=True),
+        "dense-page1": _case(page_size=1),
+        "dense-page61-causal": _case(s_q=2, page_size=61, is_causal=True),
+        "dense-contiguous": _case(page_size=1024, has_table=False),
+    }
+    return cases
+
+
+def _case(*, batch=4, s_q=1, heads=128, d_qk=576, page_size=64, is_causal=False, has_table=True):
+    def call(q, kv, block_table, cache_seqlens, sm_scale):
+        plan = schedule.plan_decode(cache_seqlens, s_q=s_q, num_heads=heads, page_size=page_size)
+        return sm90.dense_decode(q, kv, block_table, cache_seqlens, plan, sm_scale, is_causal=is_causal, d_v=512)
+
+    i32 = functools.partial(shape, dtype=jnp.int32)
+    return call, (
+        shape(batch, s_q, heads, d_qk),
+        shape(batch if not has_table else 100, page_size, d_qk),
+        i32(batch, 40) if has_table else None,
+        i32(batch),
+        shape(dtype=jnp.float32),
+    )

@@ -1,0 +1,590 @@
+"""Dense (bf16, paged) MLA decode for SM90 (H100, H200).
+
+One CTA works on a tile of 64 query rows (any mixture of heads and query positions of one request) and walks the KV
+blocks of its pieces in pairs. Three warpgroups:
+
+* the *left* consumer scores block 0 of a pair and accumulates columns 0..255 of the output over both blocks;
+* the *right* consumer scores block 1 and accumulates columns 256..511;
+* the *producer* keeps TMA loads in flight.
+
+Each consumer therefore needs the other's probabilities (P0 and P1, through shared memory) and a common running maximum
+(through two rows of shared memory). The two run half a step apart, so that one's softmax hides under the other's
+products: docs/dense-decode.md has the picture. A block's tile in shared memory is both K (transposed) and V: a KV byte
+is loaded once.
+
+Shared memory holds two blocks, each in halves with their own barriers: `left` (columns 0..255), `right` (256..511) and,
+for d_qk 576, `rope` (512..575, which travels with `right`).
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels import mgpu, schedule
+from pallas_kernels.combine import NEVER, combine
+from pallas_kernels.dense_decode.config import TMA_MIN_ROWS, DenseConfig, choose_config, chunk_rows
+from pallas_kernels.mgpu import WGMMA, WGMMA_ROW, Handoff, rows_to_tile, tile
+
+ROWS = schedule.TILE_ROWS  # query rows of a tile
+BLOCK = schedule.BLOCK_TOKENS  # tokens of a block
+HALF = 256  # columns of `left` and of `right`
+D_V = 2 * HALF
+
+# ------------------------------------------------------------------------------------------------ shared memory
+
+# Rows of `vectors`: running maxima and sums of the two consumers, the LSE on its way out, and, where rows are gathered
+# one by one, what to add to the scores of the two blocks: 0 or, for tokens that are no keys, -inf.
+MAX0, MAX1, SUM0, SUM1, LSE, BIAS0, BIAS1 = range(7)
+
+
+def smem_plan(d_qk: int) -> dict[str, Any]:
+    """Shared-memory buffers by name. 231 424 of 232 448 bytes for d_qk 576: a third block does not fit."""
+    plan = {
+        "q": tile((1, ROWS, D_V)),
+        # P1, and before that the rope part of Q, which both consumers move to registers first.
+        "p1": tile((ROWS, BLOCK)),
+        "p0": tile((ROWS, BLOCK)),
+        "left": tile((2, BLOCK, HALF)),
+        "right": tile((2, BLOCK, HALF)),
+        "vectors": plgpu.SMEM((8, ROWS), jnp.float32),
+    }
+    if d_qk > D_V:
+        plan["rope"] = tile((2, BLOCK, d_qk - D_V))
+    return plan
+
+
+def handoffs(producer_threads: int) -> dict[str, Handoff]:
+    """Barriers between the warpgroups, named after what is handed over."""
+    group = mgpu.WARPGROUP
+    return {
+        "max0": Handoff(group, group),  # left -> right: its running maximum
+        "max1": Handoff(group, group),  # right -> left: the pair's running maximum
+        "p0": Handoff(group, group),  # left -> right
+        "p1": Handoff(group, group),  # right -> left; its products are issued already and go first
+        "sums": Handoff(2 * group, 0),  # both
+        "free_left0": Handoff(group, producer_threads),  # consumer -> producer: a buffer may be overwritten
+        "free_right0": Handoff(group, producer_threads),
+        "free_left1": Handoff(group, producer_threads),
+        "free_right1": Handoff(group, producer_threads),
+        "free_q": Handoff(2 * group, producer_threads),
+        "free_q_rope": Handoff(group, producer_threads),
+    }
+
+
+# ------------------------------------------------------------------------------------------------ who does what
+
+
+class _Shape:
+    """Static facts of a call."""
+
+    def __init__(self, q_shape, kv_shape, table_width, is_causal):
+        self.batch, self.s_q, self.heads, self.d_qk = q_shape
+        self.num_pages, self.page_size, _ = kv_shape
+        self.contiguous = table_width is None
+        self.table_width = 1 if table_width is None else table_width
+        self.is_causal = is_causal
+        self.rows = self.s_q * self.heads
+        # TMA wants a multiple of its tile's rows, or fewer.
+        self.tma_rows = self.rows if self.rows < 8 else -(-self.rows // 8) * 8
+        self.lse_rows = -(-self.tma_rows // 4) * 4  # and strides that are multiples of 16 bytes
+        self.tiles = -(-self.rows // ROWS)
+        self.capacity = self.table_width * self.page_size  # tokens a request can have
+        self.chunk = chunk_rows(self.page_size, self.contiguous)  # tokens of a block in one page
+        self.uses_tma = self.chunk >= TMA_MIN_ROWS
+        self.producer_threads = mgpu.WARP if self.uses_tma else mgpu.WARPGROUP
+        self.has_rope = self.d_qk > D_V
+        # The last row of a causal call sees every token, the first this many fewer.
+        self.causal_span = self.s_q - 1 if is_causal else 0
+
+
+class _Work:
+    """One piece of the plan, as every warpgroup reads it."""
+
+    def __init__(self, shape, piece, pieces, seqlens, table):
+        self.shape, self.piece, self.table = shape, piece, table
+        self.item = pieces[piece, 0]
+        self.first_block = pieces[piece, 1]
+        self.is_split = pieces[piece, 3] > 1
+        self.tokens = jnp.clip(seqlens[self.item], 0, shape.capacity)
+        num_blocks = lax.div(self.tokens + (BLOCK - 1), jnp.int32(BLOCK))
+        self.end_block = jnp.minimum(pieces[piece, 2], num_blocks)
+        # At least one pair, even of an empty piece: its blocks are all absent, and the result comes out empty.
+        self.num_pairs = jnp.maximum(lax.div(self.end_block - self.first_block + 1, jnp.int32(2)), 1)
+
+    def pages(self, block):
+        """[(page, first token in it)] of a block's chunks. A page that must not be read is `num_pages`."""
+        shape = self.shape
+        exists = block < self.end_block
+        if shape.contiguous:
+            return [(jnp.where(exists, self.item, shape.num_pages), block * BLOCK)]
+        pages = []
+        for chunk in range(BLOCK // shape.chunk):
+            token = block * BLOCK + chunk * shape.chunk
+            slot = jnp.minimum(lax.div(token, jnp.int32(shape.page_size)), shape.table_width - 1)
+            page = self.table[self.item, slot]
+            is_real = exists & (page >= 0) & (page < shape.num_pages)
+            pages.append((jnp.where(is_real, page, shape.num_pages), lax.rem(token, jnp.int32(shape.page_size))))
+        return pages
+
+    def room(self, block):
+        """Tokens from the block's start to the request's end, or 0 if some page of the block must not be read.
+
+        A block is free of masking if this is at least `BLOCK` and, in causal calls, `s_q - 1` more.
+        """
+        if not self.shape.uses_tma:
+            return jnp.int32(0)  # the producer knows, and says so in BIAS0 and BIAS1
+        room = self.tokens - block * BLOCK
+        for page, _ in self.pages(block):
+            room = jnp.where(page < self.shape.num_pages, room, 0)
+        return room
+
+    def mask(self, scores, block, room, tile_index, bias, dyn):
+        """-inf for keys that a row must not see. scores f32 [ROWS, BLOCK], bias f32 [BLOCK] in SMEM.
+
+        `dyn` (`opaque_zero`) keeps the column and row numbers from being computed once and spilled.
+        """
+        shape = self.shape
+
+        def apply():
+            column = plgpu.broadcasted_iota(jnp.int32, (ROWS, BLOCK), 1, layout=WGMMA) + dyn  # [ROWS, BLOCK]
+            none = jnp.full_like(scores, -jnp.inf)  # [ROWS, BLOCK]
+            visible = room
+            masked = scores
+            if not shape.uses_tma:
+                columns = plgpu.load(bias, layout=WGMMA.reduce(0))  # [BLOCK]
+                masked = masked + lax.broadcast_in_dim(columns, masked.shape, [1])
+                visible = self.tokens - block * BLOCK
+            elif shape.chunk < BLOCK:
+                # Some chunks of the block may be readable and others not.
+                visible = jnp.where(block < self.end_block, self.tokens - block * BLOCK, 0)
+                for index, (page, _) in enumerate(self.pages(block)):
+                    end = (index + 1) * shape.chunk
+                    begin = jnp.where(page < shape.num_pages, end, index * shape.chunk)
+                    masked = jnp.where(column < begin, masked, jnp.where(column < end, none, masked))
+            if shape.causal_span:
+                row = plgpu.broadcasted_iota(jnp.int32, (ROWS, BLOCK), 0, layout=WGMMA) + (tile_index * ROWS + dyn)
+                position = jnp.minimum(lax.div(row, jnp.int32(shape.heads)), shape.s_q - 1)  # [ROWS, BLOCK]
+                return jnp.where(column < position + (visible - (shape.s_q - 1)), masked, none)
+            return jnp.where(column < visible, masked, none)
+
+        return lax.cond(room < BLOCK + shape.causal_span, apply, lambda: scores)
+
+
+def _for_each_piece(part, parts, run):
+    pl.loop(parts[part], parts[part + 1])(run)
+
+
+# ------------------------------------------------------------------------------------------------ consumers
+
+
+def _scores(refs, barriers_full, q_rope, side, scores_ref, half, dyn, *, shape):
+    """Issues one half of the scores of this side's block: scores += Q[:, half] K[:, half]^T."""
+    plgpu.barrier_wait(barriers_full[f"{half}{side}"])
+    q = refs["q"].at[dyn]
+    if half == "left":
+        plgpu.wgmma(scores_ref, q.at[:, pl.ds(0, HALF)], refs["left"].at[side + dyn].transpose((1, 0)))
+        return
+    plgpu.wgmma(scores_ref, q.at[:, pl.ds(HALF, HALF)], refs["right"].at[side + dyn].transpose((1, 0)))
+    if shape.has_rope:
+        plgpu.wgmma(scores_ref, q_rope, refs["rope"].at[side + dyn].transpose((1, 0)))
+
+
+def _zero_rows(buffer, work, block):
+    """Zeroes a V tile's rows behind the request's end, where the cache may hold anything: 0 * NaN is NaN."""
+    room = work.tokens - block * BLOCK
+
+    @pl.when((room > 0) & (room < BLOCK))
+    def _():
+        # 64 columns at a time, to live beside the accumulator.
+        for column in range(0, HALF, BLOCK):
+            part = buffer.at[:, pl.ds(column, BLOCK)]
+            values = plgpu.load(part, layout=WGMMA)  # bf16 [BLOCK, 64]
+            row = plgpu.broadcasted_iota(jnp.int32, (BLOCK, BLOCK), 0, layout=WGMMA)  # [BLOCK, 64]
+            part[...] = jnp.where(row < room, values, jnp.zeros_like(values))
+        plgpu.commit_smem()
+
+
+def _zero_carry(columns=HALF):
+    maximum = plgpu.layout_cast(jnp.full((ROWS,), NEVER, jnp.float32), WGMMA_ROW)  # [ROWS], of base-2 scores
+    total = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), WGMMA_ROW)  # [ROWS]
+    acc = plgpu.layout_cast(jnp.zeros((ROWS, columns), jnp.float32), WGMMA)  # [ROWS, columns]
+    return acc, maximum, total
+
+
+def _left_step(pair, carry, *, is_last, work, refs, full, bar, ops, scale2, q_rope, tile_index, shape):
+    """One pair for the left consumer: P0, then O_left += P0 V0_left + P1 V1_left, then the next pair's scores 0."""
+    acc, scores, room, maximum, total = carry  # [ROWS, HALF], [ROWS, BLOCK], [], [ROWS], [ROWS]
+    dyn = mgpu.opaque_zero(pair)
+    block = work.first_block + 2 * pair
+    if is_last:
+        bar.arrive("free_q")
+    else:
+        next_room = work.room(block + 2)  # its loads come back while this pair is worked on
+    scores = work.mask(scores, block, room, tile_index, refs["vectors"].at[BIAS0], dyn)
+    new_max = jnp.maximum(maximum, scores.max(axis=1) * scale2)  # [ROWS]
+    refs["vectors"][MAX0] = new_max
+    rescale = jnp.exp2(maximum - new_max)  # [ROWS]
+    p = jnp.exp2(scores * scale2 - rows_to_tile(new_max, scores.shape))  # [ROWS, BLOCK]
+    p_bf16 = p.astype(jnp.bfloat16)
+    acc = acc * rows_to_tile(rescale, acc.shape)
+    total = total * rescale + p.sum(axis=1)
+    bar.arrive("max0")
+    if is_last:
+        _zero_rows(refs["left"].at[0], work, block)
+
+    def own_product(acc_ref):
+        plgpu.wgmma(acc_ref, p_bf16, refs["left"].at[0 + dyn])
+
+    acc = pl.run_state(own_product)(plgpu.ACC.init(acc))
+    bar.wait("max1")
+    bar.arrive("free_left0")
+    # The right consumer raised the maximum again: bring P0 and the sums to its scale.
+    pair_max = plgpu.load(refs["vectors"].at[MAX1], layout=WGMMA_ROW)  # [ROWS]
+    p_pair = (p * rows_to_tile(jnp.exp2(new_max - pair_max), p.shape)).astype(jnp.bfloat16)  # [ROWS, BLOCK]
+    refs["p0"][...] = p_pair
+    ops.publish_smem()
+    bar.arrive("p0")
+    # Read again, so that the 128 multiplications below are not scheduled before the arrival above.
+    rescale = jnp.exp2(new_max - plgpu.load(refs["vectors"].at[MAX1], layout=WGMMA_ROW))  # [ROWS]
+    acc = acc * rows_to_tile(rescale, acc.shape)
+    total = total * rescale
+    if is_last:
+        _zero_rows(refs["left"].at[1], work, block + 1)
+    bar.wait("p1")
+    if is_last:
+
+        def other_product(acc_ref):
+            plgpu.wgmma(acc_ref, refs["p1"], refs["left"].at[1 + dyn])
+
+        return pl.run_state(other_product)(plgpu.ACC.init(acc)), pair_max, total
+
+    def other_product_and_next_scores(acc_and_scores):
+        acc_ref, scores_ref = acc_and_scores
+        plgpu.wgmma(acc_ref, refs["p1"], refs["left"].at[1 + dyn])
+        _scores(refs, full, q_rope, 0, scores_ref, "left", dyn, shape=shape)
+        plgpu.wgmma_wait(1)
+        bar.arrive("free_left1")
+        _scores(refs, full, q_rope, 0, scores_ref, "right", dyn, shape=shape)
+
+    zeros = plgpu.layout_cast(jnp.zeros((ROWS, BLOCK), jnp.float32), WGMMA)  # [ROWS, BLOCK]
+    acc, scores = pl.run_state(other_product_and_next_scores)((plgpu.ACC.init(acc), plgpu.ACC.init(zeros)))
+    return acc, scores, next_room, pair_max, total
+
+
+def _right_step(pair, carry, *, is_last, work, refs, full, bar, ops, scale2, q_rope, tile_index, shape):
+    """One pair for the right consumer: P1, then O_right += P1 V1_right + P0 V0_right, then the next pair's scores 1."""
+    acc, scores, room, maximum, total = carry  # [ROWS, HALF], [ROWS, BLOCK], [], [ROWS], [ROWS]
+    dyn = mgpu.opaque_zero(pair)
+    block = work.first_block + 2 * pair + 1
+    if is_last:
+        bar.arrive("free_q")
+    else:
+        next_room = work.room(block + 2)
+    scores = work.mask(scores, block, room, tile_index, refs["vectors"].at[BIAS1], dyn)
+    own_max = scores.max(axis=1) * scale2  # [ROWS]
+    bar.wait("max0")
+    left_max = plgpu.load(refs["vectors"].at[MAX0], layout=WGMMA_ROW)  # [ROWS]
+    new_max = jnp.maximum(left_max, own_max)  # [ROWS]
+    refs["vectors"][MAX1] = new_max
+    rescale = jnp.exp2(maximum - new_max)  # [ROWS]
+    p = jnp.exp2(scores * scale2 - rows_to_tile(new_max, scores.shape))  # [ROWS, BLOCK]
+    p_bf16 = p.astype(jnp.bfloat16)
+    acc = acc * rows_to_tile(rescale, acc.shape)
+    total = total * rescale + p.sum(axis=1)
+    bar.arrive("max1")
+    refs["p1"][...] = p_bf16
+    if is_last:
+        _zero_rows(refs["right"].at[1], work, block)
+        _zero_rows(refs["right"].at[0], work, block - 1)
+
+    def products(acc_ref):
+        plgpu.wgmma(acc_ref, p_bf16, refs["right"].at[1 + dyn])
+        ops.publish_smem()
+        bar.wait("p0")
+        plgpu.wgmma(acc_ref, refs["p0"], refs["right"].at[0 + dyn])
+        bar.arrive("p1")
+        plgpu.wgmma_wait(1)
+        bar.arrive("free_right1")
+        if not is_last:
+            plgpu.wgmma_wait(0)
+            bar.arrive("free_right0")
+
+    acc = pl.run_state(products)(plgpu.ACC.init(acc))
+    if is_last:
+        return acc, new_max, total
+    scores = _first_scores(refs, full, q_rope, 1, dyn, shape=shape)
+    return acc, scores, next_room, new_max, total
+
+
+def _first_scores(refs, full, q_rope, side, dyn, *, shape):
+    """[ROWS, BLOCK]: scores of this side's block, with nothing else in flight."""
+
+    def run(scores_ref):
+        for half in ("left", "right") if side == 0 else ("right", "left"):
+            _scores(refs, full, q_rope, side, scores_ref, half, dyn, shape=shape)
+        return scores_ref[...]
+
+    return pl.run_scoped(run, plgpu.ACC((ROWS, BLOCK), jnp.float32))
+
+
+def _store_result(side, acc, maximum, total, *, work, refs, outs, bar, tile_index):
+    """Normalises, and writes the result of an unsplit item or the partial result of a piece."""
+    vectors = refs["vectors"]
+    vectors[SUM0 + side] = total
+    bar.meet("sums")
+    total = total + plgpu.load(vectors.at[SUM1 - side], layout=WGMMA_ROW)  # [ROWS]
+    is_empty = total == 0.0  # [ROWS]: no key was seen
+    # Every weight is at most 1 and the largest is 1, so the sum is 0 or at least 1.
+    acc = acc * rows_to_tile(1.0 / jnp.maximum(total, 0.5), acc.shape)  # [ROWS, HALF]
+    rows = pl.ds(tile_index * ROWS, ROWS)
+    columns = pl.ds(side * HALF, HALF)
+
+    def lse2():
+        value = maximum + jnp.log2(total)  # [ROWS]
+        return jnp.where(is_empty, jnp.full_like(value, -jnp.inf), value)
+
+    @pl.when(jnp.logical_not(work.is_split))
+    def _():
+        # The last products read these two buffers; the other two are already being refilled.
+        staging = refs["left"].at[1] if side == 0 else refs["right"].at[0]
+        staging[...] = acc.astype(jnp.bfloat16)
+        if side == 0:
+            vectors[LSE] = lse2() * mgpu.LN_2
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(staging, outs["out"].at[work.item, rows, columns])
+        if side == 0:
+            plgpu.copy_smem_to_gmem(vectors.at[LSE], outs["lse"].at[work.item, rows])
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+    @pl.when(work.is_split)
+    def _():
+        outs["partial_out"][work.piece, rows, columns] = acc
+        if side == 0:
+            vectors[LSE] = lse2()
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(vectors.at[LSE], outs["partial_lse2"].at[work.piece, rows])
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+
+def _consumer(side, *, config, shape, part, tile_index, inputs, outs, refs, full, bar, ops):
+    """Warpgroup `side` (0 left, 1 right)."""
+    plgpu.set_max_registers(config.consumer_registers, action="increase")
+    step = _left_step if side == 0 else _right_step
+    for buffer in ("left0", "left1", "q") if side == 0 else ("right0", "right1", "q"):
+        bar.arrive(f"free_{buffer}")
+    if side == 0 and shape.has_rope:
+        bar.arrive("free_q_rope")
+    scale2 = inputs["sm_scale"][0] * mgpu.LOG2_E
+
+    def piece(index):
+        work = _Work(shape, index, inputs["pieces"], inputs["seqlens"], inputs["table"])
+        room = work.room(work.first_block + side)
+        plgpu.barrier_wait(full["q"])
+        q_rope = plgpu.load(refs["p1"], layout=WGMMA) if shape.has_rope else None  # bf16 [ROWS, 64]
+        scores = _first_scores(refs, full, q_rope, side, 0, shape=shape)
+        acc, maximum, total = _zero_carry()
+        run = functools.partial(
+            step, work=work, refs=refs, full=full, bar=bar, ops=ops, scale2=scale2, q_rope=q_rope,
+            tile_index=tile_index, shape=shape,
+        )  # fmt: skip
+        carry = (acc, scores, room, maximum, total)
+        carry = lax.fori_loop(0, work.num_pairs - 1, functools.partial(run, is_last=False), carry)
+        acc, maximum, total = run(work.num_pairs - 1, carry, is_last=True)
+        if side == 0 and shape.has_rope:
+            bar.arrive("free_q_rope")  # the last read of P1, which lies in Q's rope tile
+        _store_result(
+            side, acc, maximum, total, work=work, refs=refs, outs=outs, bar=bar, tile_index=tile_index
+        )
+        bar.arrive("free_left1" if side == 0 else "free_right0")
+
+    _for_each_piece(part, inputs["parts"], piece)
+
+
+# ------------------------------------------------------------------------------------------------ producer
+
+
+def _producer(*, config, shape, part, tile_index, inputs, refs, full, bar, ops):
+    """The third warpgroup: fetches Q once a piece, and the halves of each block as their buffers become free."""
+    plgpu.set_max_registers(config.producer_registers, action="decrease")
+
+    columns_of = {"left": {"left": (0, HALF)}, "right": {"right": (HALF, HALF)}}
+    if shape.has_rope:
+        columns_of["right"]["rope"] = (D_V, shape.d_qk - D_V)
+
+    def fetch(half, side, work, block, pages):
+        bar.wait(f"free_{half}{side}")
+        for buffer, (first, width) in columns_of[half].items():
+            for index, (page, row) in enumerate(pages):
+                plgpu.copy_gmem_to_smem(
+                    inputs["kv"].at[page, pl.ds(row, shape.chunk), pl.ds(first, width)],
+                    refs[buffer].at[side, pl.ds(index * shape.chunk, shape.chunk)],
+                    full[f"{half}{side}"],
+                )
+
+    def gather(half, side, work, block):
+        bar.wait(f"free_{half}{side}")
+        end_token = jnp.minimum(work.tokens, work.end_block * BLOCK)
+        for buffer, (first, _) in columns_of[half].items():
+            rows = mgpu.GatherRows(work.item, block * BLOCK, end_token, first)
+            # With the half that its reader frees, so that it is not overwritten too soon.
+            bias = refs["vectors"].at[BIAS0 + side] if (buffer, side) in (("left", 0), ("right", 1)) else None
+            ops.gather_rows(inputs["kv"], inputs["table"], refs[buffer].at[side], bias, rows)
+        plgpu.barrier_arrive(full[f"{half}{side}"])
+
+    def piece(index):
+        work = _Work(shape, index, inputs["pieces"], inputs["seqlens"], inputs["table"])
+        rows = pl.ds(tile_index * ROWS, ROWS)
+        bar.wait("free_q")
+        plgpu.copy_gmem_to_smem(inputs["q"].at[work.item, rows, pl.ds(0, D_V)], refs["q"].at[0], full["q"])
+        if shape.has_rope:
+            bar.wait("free_q_rope")
+            rope = pl.ds(D_V, shape.d_qk - D_V)
+            plgpu.copy_gmem_to_smem(inputs["q"].at[work.item, rows, rope], refs["p1"], full["q"])
+
+        def pair(i):
+            blocks = [work.first_block + 2 * i + side for side in (0, 1)]
+            pages = [work.pages(block) for block in blocks] if shape.uses_tma else None
+            # In the order in which the consumers need them.
+            for half, side in (("left", 0), ("right", 1), ("right", 0), ("left", 1)):
+                if pages:
+                    fetch(half, side, work, blocks[side], pages[side])
+                else:
+                    gather(half, side, work, blocks[side])
+
+        pl.loop(0, work.num_pairs)(pair)
+
+    def run():
+        _for_each_piece(part, inputs["parts"], piece)
+        # Every arrival is waited for, also the last of each buffer.
+        for buffer in ("left0", "right1", "right0", "left1", "q", "q_rope"):
+            if buffer != "q_rope" or shape.has_rope:
+                bar.wait(f"free_{buffer}")
+
+    if shape.uses_tma:
+        ops.producer_warp(run)
+    else:
+        run()
+
+
+# ------------------------------------------------------------------------------------------------ host
+
+
+def _kernel_body(*args, shape, config, ops, table_given, **scratch):
+    names = ["q", "kv", "parts", "pieces", "seqlens", "sm_scale"] + (["table"] if table_given else [])
+    inputs = {"table": None, **dict(zip(names, args, strict=False))}
+    outs = dict(zip(["out", "lse", "partial_out", "partial_lse2"], args[len(names) :], strict=True))
+    handoff_refs, full = scratch.pop("handoffs"), scratch.pop("full")
+    bar = ops.barriers(handoffs(shape.producer_threads), handoff_refs)
+    if config.overlap_combine:
+        ops.launch_dependents()
+    common = {
+        "config": config, "shape": shape, "part": lax.axis_index("part"), "tile_index": lax.axis_index("tile"),
+        "inputs": inputs, "refs": scratch, "full": full, "bar": bar, "ops": ops,
+    }  # fmt: skip
+    group = lax.axis_index("warpgroup")
+    pl.when(group == 0)(lambda: _consumer(0, outs=outs, **common))
+    pl.when(group == 1)(lambda: _consumer(1, outs=outs, **common))
+    pl.when(group == 2)(lambda: _producer(**common))
+
+
+def dense_decode(
+    q: jax.Array,
+    kv: jax.Array,
+    block_table: jax.Array | None,
+    cache_seqlens: jax.Array,
+    plan: schedule.SplitPlan,
+    sm_scale: jax.Array,
+    *,
+    is_causal: bool,
+    d_v: int,
+    config: DenseConfig | None = None,
+    interpret: Any = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Attention of each request's query rows over its cached tokens.
+
+    Args:
+      q: bf16 `[b, s_q, h, d_qk]`, d_qk 576 or 512.
+      kv: bf16 `[num_pages, page_size, d_qk]`; V is the first 512 columns.
+      block_table: int32 `[b, max_pages]`, or None: page i belongs to request i. Values outside [0, num_pages) are pages
+        without keys.
+      cache_seqlens: int32 `[b]`, clamped to [0, what the table can hold].
+      plan: from `plan_decode` for these shapes.
+      sm_scale: float32 `[]`, positive.
+      is_causal: query row j sees keys before cache_seqlens - (s_q - 1 - j) only.
+      d_v: 512.
+      config: None chooses one.
+      interpret: Pallas' GPU interpreter parameters, for tests.
+
+    Returns:
+      out bf16 `[b, s_q, h, d_v]` and lse float32 `[b, s_q, h]` (natural logarithm; out 0 and lse -inf without any key).
+    """
+    table_width = None if block_table is None else block_table.shape[1]
+    shape = _Shape(q.shape, kv.shape, table_width, is_causal)
+    plan.check(
+        op="dense", batch=shape.batch, s_q=shape.s_q, num_heads=shape.heads, page_size=shape.page_size
+    )
+    if shape.batch == 0 or shape.num_pages == 0 or shape.capacity == 0:
+        out = jnp.zeros((*q.shape[:3], d_v), q.dtype)  # [b, s_q, h, d_v]
+        return out, jnp.full(q.shape[:3], -jnp.inf, jnp.float32)
+    config = config or choose_config(shape.page_size, shape.contiguous)
+    ops = mgpu.operations(interpret)
+
+    scratch = smem_plan(shape.d_qk)
+    copies = BLOCK // shape.chunk if shape.uses_tma else 1
+    with_rope = 2 if shape.has_rope and shape.uses_tma else 1
+    full = {
+        f"{half}{side}": plgpu.Barrier(num_arrivals=copies * (with_rope if half == "right" else 1))
+        for half in ("left", "right")
+        for side in (0, 1)
+    }
+    full["q"] = plgpu.Barrier(num_arrivals=2 if shape.has_rope else 1)
+    scratch |= {"full": full, "handoffs": ops.barrier_scratch(handoffs(shape.producer_threads))}
+    if (needed := mgpu.smem_bytes(scratch)) > mgpu.MAX_SMEM_BYTES:
+        raise ValueError(f"the dense kernel needs {needed} bytes of shared memory of {mgpu.MAX_SMEM_BYTES}")
+
+    padded_rows = shape.tiles * ROWS
+    out_type = (
+        jax.ShapeDtypeStruct((shape.batch, shape.tma_rows, d_v), jnp.bfloat16),
+        jax.ShapeDtypeStruct((shape.batch, shape.lse_rows), jnp.float32),
+        jax.ShapeDtypeStruct((plan.max_pieces, padded_rows, d_v), jnp.float32),
+        jax.ShapeDtypeStruct((plan.max_pieces, padded_rows), jnp.float32),
+    )
+    q_rows = q.reshape(shape.batch, shape.rows, shape.d_qk)  # [b, s_q * h, d_qk]
+    if shape.tma_rows != shape.rows:
+        q_rows = jnp.pad(q_rows, ((0, 0), (0, shape.tma_rows - shape.rows), (0, 0)))  # [b, tma_rows, d_qk]
+    operands = [
+        q_rows,
+        kv,
+        plan.parts,
+        plan.pieces,
+        cache_seqlens,
+        jnp.asarray(sm_scale, jnp.float32).reshape(1),
+    ] + ([] if block_table is None else [block_table])
+    out, lse, partial_out, partial_lse2 = plgpu.kernel(
+        functools.partial(
+            _kernel_body, shape=shape, config=config, ops=ops, table_given=block_table is not None
+        ),
+        out_type=out_type,
+        grid=(plan.num_parts, shape.tiles),
+        grid_names=("part", "tile"),
+        num_threads=3,
+        thread_name="warpgroup",
+        scratch_types=scratch,
+        kernel_name="mla_dense_decode",
+        interpret=interpret,
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0
+        ),
+    )(*operands)
+    if plan.max_pieces > shape.batch:
+        out, lse = combine(
+            out, lse, partial_out, partial_lse2, plan.splits, rows_per_cta=config.combine_rows, interpret=interpret
+        )
+    return out[:, : shape.rows].reshape(*q.shape[:3], d_v), lse[:, : shape.rows].reshape(q.shape[:3])

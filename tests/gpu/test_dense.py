@@ -1,0 +1,169 @@
+"""The dense Mosaic kernel on a GPU, against the reference.
+
+`pytest -m gpu tests/gpu/test_dense.py` takes a sample of the pairwise-covering list of shapes; `-m slow` the rest of it,
+which resumes where it stopped (`--cache-clear` begins anew).
+"""
+
+import dataclasses
+import functools
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import mla_jax
+from tests.gpu import dense_cases
+from tests.gpu.dense_cases import Case
+
+SAMPLE = 25
+SM_SCALE = 0.07
+
+@functools.partial(jax.jit, static_argnames=("is_causal", "batch_invariant"))
+def mosaic(q, cache, block_table, cache_seqlens, *, is_causal=False, batch_invariant=False):
+    plan = mla_jax.plan_decode(
+        cache_seqlens, s_q=q.shape[1], num_heads=q.shape[2], page_size=cache.page_size, batch_invariant=batch_invariant
+    )
+    return mla_jax.mla_decode(
+        q, cache, block_table, cache_seqlens, sm_scale=SM_SCALE, is_causal=is_causal, plan=plan,
+        implementation="mosaic", return_lse=True,
+    )  # fmt: skip
+
+
+def check(case: Case):
+    """Full lengths, then mixed ones (zero and full among them), through one compilation."""
+    rng = np.random.default_rng(1)
+    mixed = rng.integers(0, case.s_k + 1, case.b)
+    mixed[0] = 0 if case.b > 1 else mixed[0]
+    for lengths in (np.full(case.b, case.s_k), mixed):
+        args = dense_cases.build(case, lengths.astype(np.int32))
+        want = dense_cases.expected(**args, sm_scale=SM_SCALE, is_causal=case.is_causal)
+        dense_cases.assert_close(mosaic(**args, is_causal=case.is_causal), want)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", dense_cases.pairwise()[:SAMPLE], ids=str)
+def test_sample(case):
+    check(case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", dense_cases.pairwise()[SAMPLE:], ids=str)
+def test_sweep(case, request):
+    if jax.default_backend() != "gpu":
+        pytest.skip("the sweep needs an NVIDIA GPU")
+    key = "mla_jax/dense_sweep"
+    done = request.config.cache.get(key, [])
+    if str(case) in done:
+        pytest.skip("passed in an earlier run of this sweep; --cache-clear begins anew")
+    check(case)
+    request.config.cache.set(key, [*done, str(case)])
+
+
+BASE = Case(b=6, s_q=2, s_k=1500, h=16, page_size=64, d_qk=576, is_causal=True, contiguous=False)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("page_size", [16, 61, 64])
+def test_integer_garbage(page_size):
+    """Lengths far out of range, and pages that do not exist in the middle of requests."""
+    case = dataclasses.replace(BASE, page_size=page_size)
+    args = dense_cases.build(case, np.full(case.b, case.s_k, np.int32))
+    table = np.array(args["block_table"])
+    width = table.shape[1]
+    table[:, -1] = 0  # lengths beyond the table are clamped to it: its last page must be readable
+    args["cache"] = args["cache"].replace(jnp.nan_to_num(args["cache"].data))
+    table[0, 1], table[1, 0], table[2, width // 2], table[3, :] = -1, 2**31 - 1, len(args["cache"].data), -(2**31)
+    args["block_table"] = jnp.asarray(table)
+    args["cache_seqlens"] = jnp.array([1500, 2**31 - 1, -1, 700, -(2**31), 2**30], jnp.int32)
+    want = dense_cases.expected(**args, sm_scale=SM_SCALE, is_causal=True)
+    dense_cases.assert_close(mosaic(**args, is_causal=True), want)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("h", [16, 128])
+def test_repeats_are_bit_identical(h):
+    case = dataclasses.replace(BASE, h=h)
+    args = dense_cases.build(case, np.array([1500, 3, 64, 1200, 0, 900], np.int32))
+    first, *others = [jax.device_get(mosaic(**args, is_causal=True)) for _ in range(20)]
+    for other in others:
+        np.testing.assert_array_equal(first[0].view(np.uint16), other[0].view(np.uint16))
+        np.testing.assert_array_equal(first[1], other[1])
+
+
+@pytest.mark.gpu
+def test_batch_invariant_plan_ignores_neighbours():
+    case = Case(b=6, s_q=1, s_k=20000, h=128, page_size=64, d_qk=576, is_causal=False, contiguous=False)
+    args = dense_cases.build(case, np.full(6, 20000, np.int32))
+    results = []
+    for neighbours in ([0, 0, 0, 0, 0], [20000] * 5, [1, 64, 5000, 12345, 0]):
+        lengths = jnp.array([*neighbours[:3], 17001, *neighbours[3:]], jnp.int32)
+        out, lse = mosaic(**(args | {"cache_seqlens": lengths}), batch_invariant=True)
+        results.append((np.asarray(out[3]).view(np.uint16), np.asarray(lse[3])))
+    alone = {name: x[3:4] for name, x in args.items() if name in ("q", "block_table")}
+    out, lse = mosaic(
+        **alone, cache=args["cache"], cache_seqlens=jnp.array([17001], jnp.int32), batch_invariant=True
+    )
+    results.append((np.asarray(out[0]).view(np.uint16), np.asarray(lse[0])))
+    for out, lse in results[1:]:
+        np.testing.assert_array_equal(out, results[0][0])
+        np.testing.assert_array_equal(lse, results[0][1])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("page_size", [64, 61])
+def test_pool_beyond_int32_bytes(page_size):
+    """8.6 GiB of cache, all NaN but for the last pages, which are the valid ones."""
+    case = dataclasses.replace(BASE, page_size=page_size)
+    args = dense_cases.build(case, np.array([1500, 3, 64, 1200, 0, 900], np.int32))
+    small = args["cache"].data
+    pages = int(8.6 * 2**30) // (2 * page_size * case.d_qk)
+    data = jnp.full((pages, page_size, case.d_qk), jnp.nan, jnp.bfloat16)
+    data = jax.lax.dynamic_update_slice(data, small, (pages - len(small), 0, 0))
+    table = np.array(args["block_table"])
+    in_pool = (table >= 0) & (table < len(small))
+    table = np.where(in_pool, table + pages - len(small), -1)
+    want = dense_cases.expected(**args, sm_scale=SM_SCALE, is_causal=True)
+    args |= {"cache": mla_jax.PagedKVCache(data, case.fmt, page_size), "block_table": jnp.asarray(table, jnp.int32)}
+    dense_cases.assert_close(mosaic(**args, is_causal=True), want)
+
+
+@pytest.mark.gpu
+def test_stale_plan_gives_the_right_answer():
+    case = dataclasses.replace(BASE, is_causal=False)
+    lengths = np.array([1500, 3, 64, 1200, 0, 900], np.int32)
+    args = dense_cases.build(case, lengths)
+    want = dense_cases.expected(**args, sm_scale=SM_SCALE, is_causal=False)
+    run = jax.jit(
+        lambda args, plan: mla_jax.mla_decode(
+            **args, sm_scale=SM_SCALE, plan=plan, implementation="mosaic", return_lse=True
+        )
+    )
+    for stale in ([0] * 6, [1, 1500, 1500, 64, 700, 2000], [2**31 - 1] * 6):
+        plan = mla_jax.plan_decode(jnp.array(stale, jnp.int32), s_q=2, num_heads=16, page_size=64)
+        dense_cases.assert_close(run(args, plan), want)
+
+
+@pytest.mark.gpu
+def test_memcheck():
+    """compute-sanitizer finds a planted out-of-bounds read, and nothing in the kernels."""
+    sanitizer = "compute-sanitizer"
+    script = pathlib.Path(__file__).with_name("memcheck.py")
+    env = os.environ | {"XLA_PYTHON_CLIENT_ALLOCATOR": "platform", "PYTHONPATH": str(script.parents[2])}
+    # Padding puts a gap behind each allocation, so that a read past its end is not a read of the next.
+    command = [sanitizer, "--tool", "memcheck", "--padding", "4096", "--target-processes", "all"]
+    command += ["--error-exitcode", "7", sys.executable, str(script)]
+    try:
+        planted = subprocess.run([*command, "planted"], env=env, capture_output=True, text=True, timeout=300)
+    except FileNotFoundError:
+        pytest.skip(f"{sanitizer} is not installed here")
+    if "Device not supported" in planted.stdout:
+        pytest.skip(f"{sanitizer} does not support this machine's device")
+    found = planted.returncode == 7 and "Invalid __global__ read" in planted.stdout
+    assert found, (planted.stdout + planted.stderr)[-2000:]
+    clean = subprocess.run([*command, "kernels"], env=env, capture_output=True, text=True, timeout=300)
+    assert clean.returncode == 0, (clean.stdout + clean.stderr)[-4000:]
