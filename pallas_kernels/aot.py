@@ -236,7 +236,7 @@ def _parse(text: str, arch: str) -> Iterator[Report]:
     # parts: what came before the first kernel, then a name and what follows it, for each. The warnings come before.
     kernels = list(zip(parts[1::2], parts[2::2], parts[0::2], strict=False))
     if len(kernels) != len(smem):
-        raise RuntimeError(f"{len(smem)} kernels were lowered, {len(kernels)} compiled: ptxas' output is not understood")
+        raise RuntimeError(f"{len(smem)} kernels were lowered, {len(kernels)} compiled: cannot read ptxas' output")
     for (name, after, before), smem_bytes in zip(kernels, smem, strict=True):
         registers = re.search(r"Used (\d+) registers", after)
         spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", after)

@@ -84,7 +84,7 @@ def opaque_zero(i: jax.Array) -> jax.Array:
     return lax.shift_right_logical(i, jnp.int32(29))
 
 
-def rows_to_tile(x: jax.Array, shape: tuple[int, int]) -> jax.Array:
+def rows_to_tile(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """[rows] -> [rows, columns], the same value along a row."""
     return lax.broadcast_in_dim(x, shape, [0])
 

@@ -1,7 +1,7 @@
 """The dense Mosaic kernel on a GPU, against the reference.
 
-`pytest -m gpu tests/gpu/test_dense.py` takes a sample of the pairwise-covering list of shapes; `-m slow` the rest of it,
-which resumes where it stopped (`--cache-clear` begins anew).
+`pytest -m gpu tests/gpu/test_dense.py` takes a sample of the pairwise-covering list of shapes; `-m slow` the rest of
+it, which resumes where it stopped (`--cache-clear` begins anew).
 """
 
 import dataclasses

@@ -1,7 +1,7 @@
 """The SM90 dense kernel on Pallas' interpreter: results, and the order of every shared-memory access.
 
-The kernel is the shipped one; `mgpu.Interpreted` lists what stands in for PTX. Each interpreted CTA takes seconds, so the
-cases are few and small; NaN fills whatever no key of a call lies in.
+The kernel is the shipped one; `mgpu.Interpreted` lists what stands in for PTX. Each interpreted CTA takes seconds, so
+the cases are few and small; NaN fills whatever no key of a call lies in.
 """
 
 import inspect
@@ -122,10 +122,11 @@ def test_golden(name):
 
 # -- planted mistakes ------------------------------------------------------------------------------------------------
 
+OWN_PRODUCT = "    acc = pl.run_state(own_product)(plgpu.ACC.init(acc))\n"
 PLANTED = {
     "a V buffer is given back while it is multiplied": (
-        "    acc = pl.run_state(own_product)(plgpu.ACC.init(acc))\n    bar.wait(\"max1\")\n    bar.arrive(\"free_left0\")\n",
-        "    bar.arrive(\"free_left0\")\n    acc = pl.run_state(own_product)(plgpu.ACC.init(acc))\n    bar.wait(\"max1\")\n",
+        OWN_PRODUCT + '    bar.wait("max1")\n    bar.arrive("free_left0")\n',
+        '    bar.arrive("free_left0")\n' + OWN_PRODUCT + '    bar.wait("max1")\n',
     ),
     "P0 is handed over before it is written": (
         "    refs[\"p0\"][...] = p_pair\n    ops.publish_smem()\n    bar.arrive(\"p0\")\n",
@@ -140,8 +141,8 @@ PLANTED = {
         "    left_max = plgpu.load(refs[\"vectors\"].at[MAX0], layout=WGMMA_ROW)\n    bar.wait(\"max0\")",
     ),
     "Q is replaced while it is read": (
-        "        bar.wait(\"free_q\")\n        plgpu.copy_gmem_to_smem(inputs[\"q\"].at[work.item, rows, pl.ds(0, D_V)],",
-        "        plgpu.copy_gmem_to_smem(inputs[\"q\"].at[work.item, rows, pl.ds(0, D_V)],",
+        '        bar.wait("free_q")\n        plgpu.copy_gmem',
+        "        plgpu.copy_gmem",
     ),
     "the result is staged in a buffer that is being refilled": (
         "        staging = refs[\"left\"].at[1] if side == 0 else refs[\"right\"].at[0]\n",
