@@ -115,7 +115,7 @@ def _sparse_mosaic(call: SparseCall, config: Any, x: SparseOperands):
 
 
 DENSE = (
-    Implementation("mosaic", _check_dense_mosaic, _dense_mosaic),
+    Implementation("mosaic", _check_dense_mosaic, _dense_mosaic, is_kernel=True),
     Implementation("triton", *_not_in_this_version("Triton-lowered")),
     Implementation("xla", _check_xla, _dense_xla),
 )

@@ -14,6 +14,7 @@ from mla_jax.dispatch import Choice, Implementation, Target
 
 class Call:
     op = "made_up"
+    wide_out = False
 
 
 def needs(platform, capability=None):

@@ -94,7 +94,7 @@ def test_registers_are_not_oversubscribed():
 def test_check_names_the_reason():
     sparse_decode.check(mla_jax.V32, None, (9, 0))
     sparse_decode.check(mla_jax.MODEL1, mla_jax.BF16_512, (9, 0))
-    with pytest.raises(NotImplementedError, match="compute capability 9.0; this is 10.0"):
+    with pytest.raises(NotImplementedError, match=r"compute capability 9\.0; this is 10\.0"):
         sparse_decode.check(mla_jax.V32, None, (10, 0))
     with pytest.raises(NotImplementedError, match="F32_576: the kernel multiplies in bfloat16"):
         sparse_decode.check(mla_jax.V32, mla_jax.F32_576, (9, 0))
