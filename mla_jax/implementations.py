@@ -1,4 +1,7 @@
-"""The two tables of implementations, best first. To add a kernel, add a row (docs/add-a-kernel.md)."""
+"""The two tables of implementations, best first. To add a kernel, add a row (docs/add-a-kernel.md).
+
+The kernels are imported where they are used: loading Mosaic GPU takes longer than all the rest of `import mla_jax`.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +12,6 @@ import jax.numpy as jnp
 from mla_jax import xla
 from mla_jax.calls import DenseCall, DenseOperands, Scope, SparseCall, SparseOperands
 from mla_jax.dispatch import Implementation, Target, check_cuda, check_tested_jax
-from pallas_kernels import dense_decode as dense_kernel
-from pallas_kernels import sparse_decode as sparse_kernel
 from pallas_kernels.schedule import plan_decode, plan_sparse_decode
 
 
@@ -36,6 +37,8 @@ def _xla_options(call: DenseCall | SparseCall) -> dict[str, Any]:
 def _check_dense_mosaic(call: DenseCall, target: Target, config: Any) -> None:
     check_tested_jax()
     check_cuda(target)
+    from pallas_kernels import dense_decode as dense_kernel
+
     dense_kernel.check_supported(
         q_dtype=call.fmt.compute_dtype, kv_dtype=call.fmt.storage_dtype, d_qk=call.fmt.d_qk, d_v=call.fmt.d_v,
         capability=target.capability,
@@ -51,6 +54,8 @@ def _dense_mosaic(call: DenseCall, config: Any, x: DenseOperands):
             x.cache_seqlens, s_q=call.s_q, num_heads=call.h, page_size=call.page_size,
             batch_invariant=call.batch_invariant,
         )  # fmt: skip
+    from pallas_kernels import dense_decode as dense_kernel
+
     return dense_kernel.dense_decode(
         x.q, x.cache.data, x.block_table, x.cache_seqlens, plan, x.sm_scale,
         is_causal=call.is_causal, d_v=call.fmt.d_v, config=config,
@@ -78,6 +83,8 @@ def _check_sparse_mosaic(call: SparseCall, target: Target, config: Any) -> None:
     check_tested_jax()
     check_cuda(target)
     assert target.capability is not None
+    from pallas_kernels import sparse_decode as sparse_kernel
+
     sparse_kernel.check(call.fmt, call.extra_fmt, target.capability)
     if config is not None and not isinstance(config, sparse_kernel.SparseConfig):
         raise ValueError(f"config is {config!r}; accepted by 'mosaic': None or a SparseConfig")
@@ -108,6 +115,8 @@ def _sparse_mosaic(call: SparseCall, config: Any, x: SparseOperands):
             extra_indices=extra.indices,
             extra_topk_length=extra.length,
         )
+    from pallas_kernels import sparse_decode as sparse_kernel
+
     return sparse_kernel.sparse_decode(
         x.q, main.cache.data, main.cache.format, main.cache.page_size, main.indices, plan, x.sm_scale,
         topk_length=main.length, attn_sink=x.attn_sink, config=config, **more,
