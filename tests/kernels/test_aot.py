@@ -1,0 +1,124 @@
+"""Every kernel configuration compiles without a GPU, and its machine code keeps what the design promises.
+
+One architecture a process, so compilation runs in a child process. `-m aot` takes all configurations (minutes).
+"""
+
+import dataclasses
+import importlib.util
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from pallas_kernels import aot, mgpu
+from pallas_kernels.dense_decode import DenseConfig, sm90
+
+ROOT = pathlib.Path(__file__).parents[2]
+CHILD = """
+import sys
+from pallas_kernels import aot
+cases = aot.configurations(sys.argv[1])
+for name in sys.argv[2].split(",") if len(sys.argv) > 2 else cases:
+    for report in aot.compile_report(*cases[name], sys.argv[1]):
+        assert not report.problems(), (name, report.kernel, report.problems())
+        print(name, report.kernel, report.registers, report.counts.get("HGMMA", 0), report.counts.get("UTMALDG", 0))
+"""
+
+
+def compile_in_child(*argv: str) -> list[list[str]]:
+    if importlib.util.find_spec("jax_plugins") is None or importlib.util.find_spec("jax_plugins.xla_cuda13") is None:
+        pytest.skip("compiling for CUDA needs jax's CUDA plugin: install the aot dependency group")
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    child = subprocess.run(
+        [sys.executable, "-c", CHILD, *argv], env=env, capture_output=True, text=True, timeout=1200, check=False
+    )
+    assert child.returncode == 0, child.stderr[-4000:]
+    return [line.split() for line in child.stdout.splitlines() if line.strip()]
+
+
+@pytest.mark.slow
+@pytest.mark.aot
+def test_every_configuration_compiles():
+    rows = compile_in_child("sm_90a")
+    assert {row[0] for row in rows} == set(aot.configurations("sm_90a"))
+
+
+@pytest.mark.aot
+def test_instructions_are_the_intended_ones():
+    (dense, combine) = compile_in_child("sm_90a", "dense")
+    assert dense[1] == "mla_dense_decode" and combine[1] == "mla_combine"
+    # Per side: the first scores (36), a pair in the loop (44), the last pair (8).
+    assert int(dense[3]) == 2 * (36 + 44 + 8)
+    assert int(dense[4]) == 2 + 6, "TMA loads: two of Q, and left, right, rope of two blocks"
+
+
+SASS = """
+ptxas info    : (C7510) Potential Performance Loss: wgmma.mma_async instructions are serialized
+ptxas info    : Compiling entry function 'toy_mosaic_gpu_kernel' for 'sm_90a'
+    8 bytes stack frame, 8 bytes spill stores, 16 bytes spill loads
+ptxas info    : Used 168 registers, used 1 barriers
+.text.toy_mosaic_gpu_kernel:
+        /*0000*/                   MOV R1, R2 ;
+.L_x_1:
+        /*0010*/                   HGMMA.64x64x16.F32.BF16 R24, gdesc[UR8], R24 ;
+{body}
+.L_x_2:
+        /*0200*/              @!P0 BRA `(.L_x_1) ;
+//--------------------- SYMBOLS
+"""
+
+
+def toy(body: list[str]) -> aot.Report:
+    text = "\n".join(f"        /*{16 * i:04x}*/  {line} ;" for i, line in enumerate(body, start=2))
+    (report,) = aot._parse("Resources(smem_scratch_bytes=1024, x)\n" + SASS.replace("{body}", text), "sm_90a")
+    return report
+
+
+def test_report_reads_loops_and_problems():
+    body = ["STL [R1], R2"] * 10 + ["@P1 LDL R2, [R1]"] * 10
+    report = toy(body)
+    assert report.kernel == "toy" and report.registers == 168 and report.spill_load_bytes == 16
+    assert report.counts["HGMMA"] == 1 and report.counts["LDL"] == 10
+    (loop,) = report.loops
+    assert loop.multiplies and loop.counts["STL"] == 10
+    problems = " ".join(report.problems())
+    assert "serialises wgmma" in problems and "10 STL, 10 LDL" in problems
+
+
+def test_what_a_branch_skips_does_not_count():
+    report = toy(["@P1 BRA `(.L_x_2)"] + ["LDL R2, [R1]"] * 20)
+    assert "LDL" not in report.loops[0].counts and report.counts["LDL"] == 20
+    # Unless it multiplies or synchronises: then it is the loop's own work.
+    report = toy(["@P1 BRA `(.L_x_2)"] + ["LDL R2, [R1]"] * 20 + ["BAR.ARV 0x4, 0x100"])
+    assert report.loops[0].counts["LDL"] == 20
+
+
+def test_too_much_shared_memory_is_a_problem():
+    report = dataclasses.replace(toy(["NOP"] * 20), smem_bytes=mgpu.MAX_SMEM_BYTES + 1)
+    assert any("shared memory" in problem for problem in report.problems())
+
+
+def test_unknown_architecture():
+    with pytest.raises(ValueError, match="sm_90a"):
+        aot.configurations("sm_75")
+
+
+@pytest.mark.parametrize("d_qk", [512, 576])
+def test_shared_memory_plan_fits(d_qk):
+    barriers = 8 * (5 + len(sm90.handoffs(mgpu.WARP)))
+    assert mgpu.smem_bytes(sm90.smem_plan(d_qk)) + barriers <= mgpu.MAX_SMEM_BYTES
+
+
+@pytest.mark.parametrize(
+    "options, text",
+    [
+        (dict(consumer_registers=248), "hang the GPU"),
+        (dict(consumer_registers=100), "multiple of 8"),
+        (dict(combine_rows=3), "combine_rows"),
+    ],
+)
+def test_config_refuses_what_would_hang(options, text):
+    with pytest.raises(ValueError, match=text):
+        DenseConfig(**options)
