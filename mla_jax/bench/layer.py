@@ -11,6 +11,7 @@ in one program. Alternatives of a part are checked against each other before the
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
 import dataclasses
 import functools
 import json
@@ -54,9 +55,16 @@ class Time:
     longest: str
 
 
-def measure(part: Part) -> Time:
+def compiled(part: Part) -> Callable[..., Any] | NotImplementedError:
+    """The part's executable, or why there is none."""
+    try:
+        return jax.jit(part.run, donate_argnums=0 if part.carry else ()).lower(*part.arguments).compile()
+    except NotImplementedError as reason:  # no such kernel in this version
+        return reason
+
+
+def measure(part: Part, run: Callable[..., Any]) -> Time:
     """Kernel times of one part, in microseconds."""
-    run = jax.jit(part.run, donate_argnums=0 if part.carry else ())
     arguments = part.arguments
     busy, span, activities = [], [], []
     for call in range(WARM_CALLS + CALLS):
@@ -75,10 +83,10 @@ def measure(part: Part) -> Time:
 
 
 def random_pool(pool: PagedKVCache, key: jax.Array) -> PagedKVCache:
-    """A pool full of rows: one random page many times over."""
-    rows = jax.random.normal(key, (1, pool.page_size, pool.format.d_qk)).astype(pool.format.compute_dtype)
-    page = pack_kv(rows, pool.format).data  # [1, *page]
-    return pool.replace(jnp.broadcast_to(page, pool.data.shape) + jnp.zeros_like(pool.data))
+    """A pool full of rows: 61 random pages over and over."""
+    rows = jax.random.normal(key, (61, pool.page_size, pool.format.d_qk)).astype(pool.format.compute_dtype)
+    pages = pack_kv(rows, pool.format).data  # [61, *page]
+    return pool.replace(jnp.take(pages, jnp.arange(pool.num_pages) % 61, axis=0))
 
 
 def random_table(rng: np.random.Generator, batch: int, columns: int) -> jax.Array:
@@ -280,15 +288,15 @@ def main() -> None:
     wanted = set(filter(None, options.parts.split(",")))
     times = []
     for models in options.models.split(","):
-        parts = {"v32": v32_parts, "model1": model1_parts}[models](options.batch, options.context)
-        for part in parts:
-            if wanted and part.name not in wanted:
+        parts = list({"v32": v32_parts, "model1": model1_parts}[models](options.batch, options.context))
+        parts = [part for part in parts if not wanted or part.name in wanted]
+        with concurrent.futures.ThreadPoolExecutor() as pool:  # compiling is all of the waiting
+            runs = list(pool.map(compiled, parts))
+        for part, run in zip(parts, runs, strict=True):
+            if isinstance(run, NotImplementedError):
+                print(f"# {part.model}, {part.name}, {part.variant}: {run}")
                 continue
-            try:
-                times.append(measure(part))
-            except NotImplementedError as reason:  # no such kernel in this version
-                print(f"# {part.model}, {part.name}, {part.variant}: {reason}")
-                continue
+            times.append(measure(part, run))
             print(table(times[-1:]).splitlines()[-1], flush=True)
             if options.out:
                 with open(options.out, "w") as f:
