@@ -34,7 +34,8 @@ WARM_CALLS = 2
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """One row of the table: `run(*arguments)`; with `carry`, the result replaces the first, donated argument."""
+    """One row of the table: `run(*arguments)`. With `carry` it returns a pair and donates its first argument, whose
+    place the first of the pair takes."""
 
     model: str
     name: str
@@ -76,7 +77,7 @@ def measure(part: Part, run: Callable[..., Any]) -> Time:
             busy.append(cupti.busy_us(activities))
             span.append(cupti.span_us(activities))
         if part.carry:
-            arguments = (result, *arguments[1:])
+            arguments = (result[0], *arguments[1:])
     longest = max(activities, key=lambda a: a.end_ns - a.start_ns).name
     median = statistics.median
     return Time(part.model, part.name, part.variant, median(busy), median(span), len(activities), longest)
@@ -113,6 +114,10 @@ def indexer_parts(model: str, k: int, scoring: tuple[Any, ...]) -> Iterator[Part
         yield Part(model, "top-k", method, f, (values, visible))
 
 
+def _append(pool, rows, slots, rule):
+    return steps.append_rows(pool, rows, slots, rule), ()
+
+
 def v32_parts(batch: int, context: int) -> Iterator[Part]:
     config = V32Config.deepseek_v3_2(num_layers=1)
     rng, page = np.random.default_rng(0), 64
@@ -139,16 +144,13 @@ def v32_parts(batch: int, context: int) -> Iterator[Part]:
     q, row, key, iq, weights = jax.jit(projections)(params, x)
     slots = slots_from_positions(step.positions, table, page)
 
-    def append(pools, row, key, slots):
-        kv, index = pools
-        return steps.append_rows(kv, row, slots, "pow2"), steps.append_rows(index, key, slots, indexer.SCALE_RULE)
-
-    pools = jax.tree.map(jnp.copy, (kv, index))
-    yield Part("V3.2", "append", f"b={batch}", append, (pools, row, key, slots), carry=True)
-    twice = [jnp.concatenate([a, a]) for a in (row, key)]
-    places = jnp.concatenate([slots, slots - 1])
-    pools = jax.tree.map(jnp.copy, (kv, index))
-    yield Part("V3.2", "append", f"b={2 * batch}", append, (pools, *twice, places), carry=True)
+    appending = (("kv", kv, row, "pow2"), ("index", index, key, indexer.SCALE_RULE))
+    for name, pool, rows, rule in appending:
+        for times in (1, 2):
+            many, places = jnp.tile(rows, (times, 1, 1)), jnp.concatenate([slots, slots - 1])[: times * batch]
+            run = functools.partial(_append, rule=rule)
+            arguments = (jax.tree.map(jnp.copy, pool), many, places)
+            yield Part("V3.2", "append", f"{name}, b={times * batch}", run, arguments, carry=True)
     yield from indexer_parts("V3.2", config.index_topk, (iq, weights, index, table, step.visible))
     chosen = np.stack([rng.permutation(context)[: config.index_topk] for _ in range(batch)])[:, None]
     indices = slots_from_positions(jnp.asarray(chosen, jnp.int32), table, page)
@@ -165,7 +167,7 @@ def v32_parts(batch: int, context: int) -> Iterator[Part]:
 
     def whole(cache, params, x, table, seqlens):
         plan = v32.plan(config, cache, table, seqlens, 1)
-        return v32.decode(params, config, cache, x, table, seqlens, plan=plan)[1]
+        return v32.decode(params, config, cache, x, table, seqlens, plan=plan)[::-1]
 
     yield Part("V3.2", "step", "", whole, (v32.V32Cache(kv, index, 1), params, x, table, seqlens), carry=True)
 
@@ -220,12 +222,12 @@ def _model1_layer(ratio: int, batch: int, context: int) -> Iterator[Part]:
     yield Part(model, "projections", "", projections, (params, x))
     q, row, *rest = jax.jit(projections)(params, x)
     slots = slots_from_positions(step.positions % (columns * page), tables.window, page)
-    append = functools.partial(steps.append_rows, scale_rule="pow2")
-    yield Part(model, "append", f"b={batch}", append, (jax.tree.map(jnp.copy, window), row, slots), carry=True)
+    append = functools.partial(_append, rule="pow2")
+    yield Part(model, "append", f"window, b={batch}", append, (jax.tree.map(jnp.copy, window), row, slots), carry=True)
 
     def compress(rings, params, x, row, start, count):
         here = dataclasses.replace(step, start=start, count=count)
-        return model1._new_entries(params, config, "compress", x, rings, row, here, ratio)[2]
+        return model1._new_entries(params, config, "compress", x, rings, row, here, ratio)[::-1]
 
     arguments = (jnp.copy(part.rings), params, x, tables.row, step.start, step.count)
     yield Part(model, "compressor", "with its projections", compress, arguments, carry=True)
@@ -262,7 +264,7 @@ def _model1_layer(ratio: int, batch: int, context: int) -> Iterator[Part]:
 
     def whole(cache, params, x, tables, seqlens):
         plan = model1.plan(config, cache, tables, seqlens, 1)
-        return model1.decode(params, config, cache, x, tables, seqlens, plan=plan)[1]
+        return model1.decode(params, config, cache, x, tables, seqlens, plan=plan)[::-1]
 
     yield Part(model, "step", "", whole, (cache, params, x, tables, seqlens), carry=True)
 

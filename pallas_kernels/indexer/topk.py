@@ -3,6 +3,9 @@
 A search over the 32 bits of an order-preserving key finds the k-th largest one; it only counts, 32 times, and never
 leaves the registers. A running count then gives every chosen column its place in the output. Rows longer than
 `MAX_COLUMNS` are cut into pieces whose winners meet in another round.
+
+Measured on an H200, 64 rows of 32,768 columns, k 2048: 43 us (16 or 32 warps; 8 warps 56 us). XLA's `lax.top_k` sorts:
+218 us; in two rounds of pieces 263 us; the radix search in plain XLA 401 us.
 """
 
 from __future__ import annotations
