@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from mla_jax import PagedKVCache, append_kv, unpack_kv
+from pallas_kernels import aot
 from pallas_kernels.formats import BF16_512, INDEX_FP8
 from pallas_kernels.indexer import scores, topk
 
@@ -80,17 +81,23 @@ def test_scores_refuse_what_they_do_not_read():
 @pytest.mark.aot
 @pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")
 def test_the_kernels_compile_for_an_h100():
-    aot = pytest.importorskip("pallas_kernels.aot", reason="needs the aot machinery of pallas_kernels")
     try:
-        aot.device("sm_90a")
-    except aot.Unavailable as reason:
-        pytest.skip(str(reason))
-    spec = jax.ShapeDtypeStruct
+        device = aot._device("sm_90a")
+    except RuntimeError as reason:
+        pytest.skip(f"{reason} (dependency group aot)")
+    sharding = jax.sharding.SingleDeviceSharding(device)
+
+    def compile_for_h100(function, *shapes):
+        with jax.default_device(device):
+            shapes = [jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for shape, dtype in shapes]
+            return jax.jit(function).lower(*shapes).compile()
+
+    f32, i32 = jnp.float32, jnp.int32
     for n in (32_768, 131_072):
-        aot.compile_for("sm_90a", lambda x, v: topk.topk(x, v, 2048), spec((4, n), jnp.float32), spec((4,), jnp.int32))
-    aot.compile_for(
-        "sm_90a",
+        select = compile_for_h100(lambda x, v: topk.topk(x, v, 2048), ((4, n), f32), ((4,), i32))
+        assert "index_topk" in select.as_text()
+    score = compile_for_h100(
         lambda *a: scores.scores(*a, page_size=64),
-        *(spec((2, 1, 64, 128), jnp.bfloat16), spec((2, 1, 64), jnp.float32), spec((9, 64 * 132), jnp.uint8)),
-        *(spec((2, 4), jnp.int32), spec((2, 1), jnp.int32)),
+        *(((2, 1, 64, 128), jnp.bfloat16), ((2, 1, 64), f32), ((9, 64 * 132), jnp.uint8), ((2, 4), i32), ((2, 1), i32)),
     )
+    assert "index_scores" in score.as_text()

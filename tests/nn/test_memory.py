@@ -10,6 +10,7 @@ from driver import QUICK
 
 from mla_jax.nn import Model1Config, Model1Tables, V32Config, init_params, model1, v32
 from mla_jax.nn.config import Model1Layer
+from pallas_kernels import aot
 
 LAYERS, STEPS, BATCH = 4, 64, 4
 SDS = jax.ShapeDtypeStruct
@@ -137,16 +138,17 @@ def test_the_scanned_model_computes_what_its_layers_do():
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), scanned, separate)
 
 
+@pytest.mark.slow
 @pytest.mark.aot
 @pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")
 @pytest.mark.parametrize("model", [v32_model, model1_model])
 def test_donated_steps_copy_no_pool_on_cuda(model):
     """The same program compiled for an H100 without one."""
-    aot = pytest.importorskip("pallas_kernels.aot", reason="needs the aot machinery of pallas_kernels")
     try:
-        device = aot.device("sm_90a")
-    except aot.Unavailable as reason:
-        pytest.skip(str(reason))
+        device = aot._device("sm_90a")
+    except RuntimeError as reason:
+        pytest.skip(f"{reason} (dependency group aot)")
+    sharding = jax.sharding.SingleDeviceSharding(device)
     with jax.default_device(device):
-        lowered, state = lower(model, "fp8", lambda s: aot.abstract(s, "sm_90a"))
+        lowered, state = lower(model, "fp8", lambda s: SDS(s.shape, s.dtype, sharding=sharding))
         check(lowered.compile(), state)
