@@ -7,7 +7,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-SUBCOMMANDS = ("demo", "layout", "bench")
+SUBCOMMANDS = ("demo", "layout", "bench", "aot")
 
 
 class CommandError(Exception):

@@ -1,0 +1,70 @@
+"""`mla-jax aot`: compiles every kernel configuration for a GPU that is not there, and reports on the machine code."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from mla_jax.cli import CommandError
+from mla_jax.cli.table import print_table
+
+COLUMNS = ("configuration", "kernel", "registers", "spill st/ld B", "SMEM B", "instructions", "matrix", "TMA", "loops")
+
+
+def register(subparsers: argparse._SubParsersAction) -> None:
+    parser = subparsers.add_parser(
+        "aot",
+        help="compile every kernel without a GPU and check the machine code",
+        description="Exits with 1 when a kernel does not compile, spills in a loop that multiplies, has its matrix "
+        "instructions serialised, or wants more shared memory than there is. Needs JAX's CUDA plugin, ptxas and "
+        "nvdisasm, but no GPU: uv run --group aot mla-jax aot",
+    )
+    parser.add_argument("--arch", default="sm_90a", help="architecture (default sm_90a)")
+    parser.add_argument("--filter", default="", metavar="TEXT", help="only configurations whose name contains TEXT")
+    parser.add_argument("--list", action="store_true", help="print the configurations' names and stop")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    from pallas_kernels import aot
+
+    try:
+        cases = {name: case for name, case in aot.configurations(args.arch).items() if args.filter in name}
+    except ValueError as error:
+        raise CommandError(f"--{error}") from error
+    if not cases:
+        raise CommandError(f"no configuration for {args.arch} has {args.filter!r} in its name")
+    if args.list:
+        print("\n".join(cases))
+        return 0
+    rows: list[tuple[str, ...]] = []
+    problems: list[str] = []
+    for number, (name, (function, arguments)) in enumerate(cases.items(), 1):
+        print(f"[{number}/{len(cases)}] {name}", file=sys.stderr, flush=True)
+        try:
+            reports = aot.compile_report(function, arguments, args.arch)
+        except Exception as error:  # lowering and ptxas raise many kinds; each is a configuration that does not compile
+            problems.append(f"{name}: {type(error).__name__}: {str(error)[:500]}")
+            continue
+        for report in reports:
+            rows.append((name, *_row(report)))
+            problems += [f"{name}, {report.kernel}: {problem}" for problem in report.problems()]
+    print_table(f"compiled for {args.arch}, not run", COLUMNS, rows, left=2)
+    print("\n" + ("\n".join(problems) if problems else f"{len(rows)} kernels, no problem"))
+    return 1 if problems else 0
+
+
+def _row(report) -> tuple[str, ...]:
+    """A kernel's row under `COLUMNS`, the configuration's name left out. Loops by their number of instructions."""
+    from pallas_kernels import aot
+
+    return (
+        report.kernel,
+        str(report.registers),
+        f"{report.spill_store_bytes}/{report.spill_load_bytes}",
+        str(report.smem_bytes),
+        str(report.instructions),
+        str(sum(report.counts.get(op, 0) for op in aot.MULTIPLY)),
+        str(sum(report.counts.get(op, 0) for op in ("UTMALDG", "UTMASTG", "UBLKCP"))),
+        " ".join(str(loop.instructions) for loop in report.loops) or "-",
+    )
