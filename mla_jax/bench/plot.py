@@ -41,6 +41,9 @@ def roofline(files: Sequence[tuple[Run, list[Result]]], target: Path) -> None:
     if any(r.peer_us for _, r in points):
         axes.scatter([], [], facecolors="none", edgecolors="gray", s=60, label="hollow: peer")
     axes.set(xscale="log", yscale="log", xlabel="FLOP per byte that must move", ylabel="TFLOP/s")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}")
     axes.grid(which="both", linewidth=0.3)
     axes.legend(fontsize="small")
     figure.savefig(target, dpi=150)
