@@ -311,7 +311,7 @@ def _count(instructions: Sequence[str]) -> dict[str, int]:
 # ------------------------------------------------------------------------------------------------ what ships
 
 KERNELS: dict[str, tuple[str, ...]] = {
-    "sm_90a": ("pallas_kernels.dense_decode.aot_cases",),
+    "sm_90a": ("pallas_kernels.dense_decode.aot_cases", "pallas_kernels.sparse_decode.aot_cases"),
     "sm_100a": (),
 }
 """Modules with a function `configurations() -> {name: (function, arguments)}`, by architecture."""

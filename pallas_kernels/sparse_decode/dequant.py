@@ -241,7 +241,7 @@ class SparseHardware(mgpu.Hardware):
 
         @plgpu.inline_mgpu(
             arg_types=(REF, SPLAT, SPLAT, SPLAT),
-            return_type=plgpu.ShapeDtypeStruct((BLOCK_TOKENS,), jnp.int32, BLOCK_ROW),
+            return_type=plgpu.ShapeDtypeStruct((BLOCK_TOKENS,), jnp.dtype(jnp.int32), BLOCK_ROW),
         )
         def load(_, indices, item, block, length):
             lane = _Lane()
@@ -261,7 +261,7 @@ class SparseHardware(mgpu.Hardware):
         """Scales that do not lie in the rows (MODEL1): two int32 [64] in BLOCK_ROW layout, 8 bytes a row."""
         if not scope.fmt.is_quantized or scope.scale_record == 0:
             return ()
-        word = plgpu.ShapeDtypeStruct((BLOCK_TOKENS,), jnp.int32, BLOCK_ROW)
+        word = plgpu.ShapeDtypeStruct((BLOCK_TOKENS,), jnp.dtype(jnp.int32), BLOCK_ROW)
 
         @plgpu.inline_mgpu(arg_types=(REF, BLOCK_ROW), return_type=(word, word))
         def load(_, data, slots):

@@ -1,0 +1,64 @@
+"""The sparse kernel's configurations, for ahead-of-time compilation (pallas_kernels/aot.py).
+
+What a shape changes in the machine code: the formats of the one or two scopes, and how many heads a tile holds. Batch,
+top-k, page sizes and lengths only change loop bounds and strides.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+
+from pallas_kernels import schedule
+from pallas_kernels.aot import shape
+from pallas_kernels.formats import BF16_512, BF16_576, MODEL1, V32, KVFormat
+from pallas_kernels.sparse_decode import sm90
+
+
+def configurations() -> dict[str, tuple[Callable, tuple[Any, ...]]]:
+    """name -> (function, arguments)."""
+    return {
+        "sparse-v32-h128": _case(V32, None, 128),
+        "sparse-model1-model1-h64": _case(MODEL1, MODEL1, 64),
+        "sparse-v32-bf16-h16": _case(V32, BF16_576, 16),
+        "sparse-bf16-v32-h96": _case(BF16_576, V32, 96),
+        "sparse-model1-bf16-h1": _case(MODEL1, BF16_512, 1),
+        "sparse-bf16-h64": _case(BF16_512, None, 64),
+    }
+
+
+def _case(fmt: KVFormat, extra_fmt: KVFormat | None, heads: int) -> tuple[Callable, tuple[Any, ...]]:
+    batch, s_q, pages, topk, extra_topk = 4, 2, 64, 300, 130
+    page_size, extra_page_size = 64, 2
+
+    def call(q, data, indices, length, sm_scale, attn_sink, *extra):
+        plan = schedule.plan_sparse_decode(
+            topk, batch=batch, s_q=s_q, num_heads=heads, topk_length=length, extra_topk=extra_topk if extra else 0
+        )
+        more = {}
+        if extra:
+            more = dict(
+                extra_data=extra[0], extra_fmt=extra_fmt, extra_page_size=extra_page_size, extra_indices=extra[1]
+            )
+        return sm90.sparse_decode(
+            q, data, fmt, page_size, indices, plan, sm_scale, topk_length=length, attn_sink=attn_sink, **more
+        )
+
+    def cache(scope: KVFormat, size: int):
+        return shape(pages, *scope.page_shape(size), dtype=scope.storage_dtype)
+
+    i32, f32 = (functools.partial(shape, dtype=dtype) for dtype in (jnp.int32, jnp.float32))
+    args: tuple[Any, ...] = (
+        shape(batch, s_q, heads, fmt.d_qk),
+        cache(fmt, page_size),
+        i32(batch, s_q, topk),
+        i32(batch, s_q),
+        f32(),
+        f32(heads),
+    )
+    if extra_fmt is not None:
+        args += (cache(extra_fmt, extra_page_size), i32(batch, s_q, extra_topk))
+    return call, args
