@@ -8,6 +8,7 @@ import functools
 import importlib.metadata
 import multiprocessing
 import statistics
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -74,12 +75,15 @@ def compile_all(workloads: Sequence[Workload], *, jobs: int = 1, **options: Any)
     """
     if jobs > 1:
         # New processes, not forks: CUDA does not survive those. They end before anything is timed.
-        with concurrent.futures.ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
-            done = list(pool.map(functools.partial(_compile_elsewhere, **options), workloads))
-        return [
-            chain if isinstance(chain, str) else timer.deserialize_chain(workload, chain)
-            for workload, chain in zip(workloads, done, strict=True)
-        ]
+        try:
+            with concurrent.futures.ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
+                done = list(pool.map(functools.partial(_compile_elsewhere, **options), workloads))
+            return [
+                chain if isinstance(chain, str) else timer.deserialize_chain(workload, chain)
+                for workload, chain in zip(workloads, done, strict=True)
+            ]
+        except Exception as error:  # a worker died, or this jax cannot load what another process compiled
+            warnings.warn(f"compiling in one process instead of {jobs}: {_text(error)}", stacklevel=2)
     chains: list[timer.CompiledChain | str] = []
     for workload in workloads:
         try:

@@ -202,6 +202,16 @@ def test_missing_cupti(monkeypatch):
         cupti._Cupti()
 
 
+def test_compiling_here_where_loading_fails(monkeypatch):
+    def cannot(workload, serialized):
+        raise ValueError("no executable")
+
+    monkeypatch.setattr(timer, "deserialize_chain", cannot)
+    with pytest.warns(UserWarning, match="compiling in one process instead of 2: ValueError: no executable"):
+        (chain,) = runner.compile_all([plan(DENSE)], jobs=2, calls=2)
+    assert chain.calls == 2
+
+
 def test_compiling_in_other_processes():
     impossible = Dense(name="impossible", b=1, s_q=1, h=1, s_k=64, page_size=0)
     good = plan(DENSE)
