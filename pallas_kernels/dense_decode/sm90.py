@@ -93,7 +93,6 @@ class _Shape:
         self.rows = self.s_q * self.heads
         # TMA wants a multiple of its tile's rows, or fewer.
         self.tma_rows = self.rows if self.rows < 8 else -(-self.rows // 8) * 8
-        self.lse_rows = -(-self.tma_rows // 4) * 4  # and strides that are multiples of 16 bytes
         self.tiles = -(-self.rows // ROWS)
         self.capacity = self.table_width * self.page_size  # tokens a request can have
         self.chunk = chunk_rows(self.page_size, self.contiguous)  # tokens of a block in one page
@@ -552,7 +551,7 @@ def dense_decode(
     padded_rows = shape.tiles * ROWS
     out_type = (
         jax.ShapeDtypeStruct((shape.batch, shape.tma_rows, d_v), jnp.bfloat16),
-        jax.ShapeDtypeStruct((shape.batch, shape.lse_rows), jnp.float32),
+        jax.ShapeDtypeStruct((shape.batch, padded_rows), jnp.float32),
         jax.ShapeDtypeStruct((plan.max_pieces, padded_rows, d_v), jnp.float32),
         jax.ShapeDtypeStruct((plan.max_pieces, padded_rows), jnp.float32),
     )
