@@ -264,18 +264,23 @@ def _balanced(num_blocks, num_parts, overhead):
     better = most_work(even) <= most_work(near) if num_items > 1 else False
     cut_item, cut_block = place(jnp.where(better, even, near))
 
-    # A cut inside an item begins a new piece, and so does every item.
-    same = (cut_item[1:] == cut_item[:-1]) & (cut_block[1:] == cut_block[:-1])  # [parts]
-    new = (cut_block > 0) & ~jnp.concatenate([jnp.zeros(1, bool), same])  # [parts + 1]
-    order = jnp.arange(num_parts + 1)
-    parts = cut_item + jnp.sum(new[None, :] & (order[None, :] <= order[:, None]), axis=1, dtype=jnp.int32)
+    # A cut inside an item begins a new piece, and so does every item. The first terms of the sums below could stand
+    # outside of them, at the price of a kernel each.
+    order = jnp.arange(num_parts + 1, dtype=jnp.int32)  # [parts + 1]
+    before = jnp.maximum(order - 1, 0)  # [parts + 1]
+    same = (order > 0) & (cut_item == cut_item[before]) & (cut_block == cut_block[before])  # [parts + 1]
+    new = ((cut_block > 0) & ~same)[None, :]  # [1, parts + 1]
+    first = order[None, :] == 0  # [1, parts + 1]
+    earlier = new & (order[None, :] <= order[:, None])  # [parts + 1, parts + 1]
+    parts = jnp.sum(jnp.where(first, cut_item[:, None], 0) + earlier.astype(jnp.int32), axis=1, dtype=jnp.int32)
     items = jnp.arange(num_items + 1, dtype=jnp.int32)
-    splits = items + jnp.sum(new[None, :] & (cut_item[None, :] < items[:, None]), axis=1, dtype=jnp.int32)
+    earlier = new & (cut_item[None, :] < items[:, None])  # [items + 1, parts + 1]
+    splits = jnp.sum(jnp.where(first, items[:, None], 0) + earlier.astype(jnp.int32), axis=1, dtype=jnp.int32)
 
     piece = jnp.arange(num_items + num_parts - 1, dtype=jnp.int32)  # [max_pieces]
 
     def begin_block(piece):  # [max_pieces] -> [max_pieces]: 0 unless a cut began this piece
-        here = new[None, :] & (parts[None, :] == piece[:, None])  # [max_pieces, parts + 1]
+        here = new & (parts[None, :] == piece[:, None])  # [max_pieces, parts + 1]
         return jnp.sum(jnp.where(here, cut_block[None, :], 0), axis=1, dtype=jnp.int32)
 
     return parts, _piece_rows(piece, splits, begin_block), splits
