@@ -3,7 +3,7 @@
 Each token's last N ids are hashed to rows of a very large table; a gate adds what was found to the residual streams.
 
     rows, keep = hash_tokens(config, token_map, tokens, history, positions, lengths)   # all layers, before the first
-    embeddings = [lookup(table, rows[..., i, :]) for i, table in enumerate(tables)]    # fetched while layers run
+    embeddings = [lookup(table, rows[..., i, :]) for i, table in enumerate(tables)]    # no layer needed for it
     ...
     x = forward(params, config, x, embeddings[i], keep)                                # before a layer's attention
     history = advance(history, tokens, lengths)                                        # once it is known what stays

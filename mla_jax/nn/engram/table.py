@@ -6,7 +6,8 @@ A table is far larger than anything else in the model (94 GiB for each of DeepSe
   device      in the GPU's memory, on one device or, with a `Partition`, over the devices of a mesh axis.
   host        in pinned host memory (JAX's memory kind "pinned_host"), partitioned or not. Rows are gathered by the host
               within the jitted step; only they cross to the device.
-  mapped      numpy arrays, a memory-mapped checkpoint for instance. Rows are gathered by numpy before the step.
+  mapped      numpy arrays, a memory-mapped checkpoint for instance. Rows are gathered by numpy, outside `jit`: while
+              layers dispatched before it run.
 
 Rows are stored as e4m3 with an e8m0 scale per 32 values, as in checkpoints, or unquantised. What travels (between
 devices, or from the host) is the stored bytes; they become values after that.
@@ -179,11 +180,11 @@ def place(
 def lookup(table: EngramTable, rows: jax.Array, *, dtype: Any = BF16) -> jax.Array:
     """Embeddings of rows: each token's, one after another.
 
-    Call it for every Engram layer before the model's first layer: nothing it reads depends on the layers, so XLA can
-    fetch while they run. Rows outside the table give zeros.
+    Nothing it reads depends on the model's layers, so it may run ahead of them: see docs/engram.md for how to hide a
+    fetch from host memory behind them. Rows outside the table give zeros.
 
     Args:
-      table: from `place`, or of numpy arrays; the latter is read by numpy, before and not inside a jitted step.
+      table: from `place`, or of numpy arrays; the latter is read by numpy, outside `jit`.
       rows: int32 `[*n, columns]`.
       dtype: of the result. bfloat16 holds every e4m3 value times a power of two exactly.
 
