@@ -36,6 +36,7 @@ FETCHES = ("none", "device", "pinned_host", "numpy")
 def config_of_rows(rows: int, **changes: Any) -> EngramConfig:
     """DeepSeek-V4.1-Flash with one Engram layer, whose table has about `rows` rows."""
     config = EngramConfig.v41_flash(norm_eps=1e-6)
+    assert config.multipliers is not None
     slots = rows // config.columns
     return EngramConfig.v41_flash(
         slots=slots, layer_ids=config.layer_ids[:1], multipliers=config.multipliers[:1], norm_eps=1e-6, **changes
@@ -67,7 +68,7 @@ def random_rows(config: EngramConfig, tokens: int, sets: int, seed: int = 0) -> 
     """Rows as the hash spreads them: `sets` times int32 `[tokens, columns]`."""
     rng = np.random.default_rng(seed)
     windows = rng.integers(0, config.compressed_vocab_size, (sets, tokens, config.max_ngram)).astype(np.int32)
-    return list(engram.hash_windows(config, windows)[:, :, 0])
+    return list(engram.hash_windows(config, jnp.asarray(windows))[:, :, 0])
 
 
 def check_lookup(table: EngramTable, rows: jax.Array) -> None:
@@ -152,7 +153,9 @@ def measure_prefetch(
         tokens = jax.random.randint(jax.random.key(2), (b, 1), 0, config.vocab_size, jnp.int32)
         start = (x.astype(config.dtype), tokens, engram.init_history(config, b), jnp.zeros(b, jnp.int32))
         rows = engram.hash_tokens(config, token_map, tokens)[0][:, :, 0]
-        embeddings = engram.lookup(tables["numpy"], rows)
+        on_host = tables["numpy"]
+        assert on_host is not None
+        embeddings = engram.lookup(on_host, rows)
         results = {}
         for fetch, table in tables.items():
             step = make_step(config, token_map, layer, table)
