@@ -19,10 +19,11 @@ def register(subparsers: argparse._SubParsersAction) -> None:
         "serve-demo",
         help="serve a small random model on this machine",
         description="Decodes random requests with a small random model: paged caches and a block allocator, requests "
-        "that join and leave between steps, a system prompt that is cached once for all. On a CPU, --mesh makes as many "
-        "CPU devices as it needs.",
+        "that join and leave between steps, a system prompt that is cached once for all. On a CPU, --mesh makes as "
+        "many CPU devices as it needs.",
     )
-    parser.add_argument("--attention", choices=("v3", "v32", "model1"), default="v32", help="which caches (default v32)")
+    kinds = ("v3", "v32", "model1")
+    parser.add_argument("--attention", choices=kinds, default="v32", help="kind of every layer (default v32)")
     parser.add_argument("--layers", type=int, default=2, help="attention layers (default 2)")
     parser.add_argument("--requests", type=int, default=16, help="how many requests (default 16)")
     parser.add_argument("--batch", type=int, default=4, help="requests at a time (default 4)")
@@ -42,7 +43,7 @@ def parse_mesh(text: str) -> dict[str, int]:
     for part in filter(None, text.split(",")):
         name, _, size = part.partition("=")
         if name not in AXES or not size.isdecimal() or int(size) < 1:
-            raise CommandError(f"--mesh {text}: cannot read {part!r}; accepted: data=N, heads=N, context=N, with commas")
+            raise CommandError(f"--mesh {text}: cannot read {part!r}; accepted: data=N,heads=N,context=N")
         sizes[name] = int(size)
     return sizes
 
@@ -84,10 +85,12 @@ def run(args: argparse.Namespace) -> int:
             steps += 1
             rate = tokens / (time.perf_counter() - start)
             running = sum(row is not None for row in engine.rows)
-            progress.show(len(engine.finished), f"{running} running, {engine.pages.num_free} pages free, {rate:.0f} tokens/s")
+            state = f"{running} running, {engine.pages.num_free} pages free, {rate:.0f} tokens/s"
+            progress.show(len(engine.finished), state)
     seconds = time.perf_counter() - start
     engine.pages.check()
-    print(f"done    {len(engine.finished)} requests, {tokens} tokens in {steps} steps, {engine.num_preempted} preemptions")
+    preempted = f"{engine.num_preempted} preemptions"
+    print(f"done    {len(engine.finished)} requests, {tokens} tokens in {steps} steps, {preempted}")
     print(f"speed   {tokens / seconds:.0f} tokens/s, {seconds / max(steps, 1) * 1e3:.1f} ms a step")
     first = min(engine.finished)
     print(f"request {first}: {' '.join(map(str, engine.finished[first].tokens[:16]))} ...")

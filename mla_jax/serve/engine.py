@@ -79,8 +79,8 @@ class Engine:
             )
         if any(kind != AxisType.Auto for kind in ds.mesh.axis_types):
             raise ValueError(
-                f"the mesh has axes of types {ds.mesh.axis_types}; accepted: Auto, since the model leaves its projections "
-                "to XLA: jax.make_mesh(..., axis_types=(jax.sharding.AxisType.Auto,) * n)"
+                f"the mesh has axes of types {ds.mesh.axis_types}; accepted: Auto, since the model leaves its "
+                "projections to XLA: jax.make_mesh(..., axis_types=(jax.sharding.AxisType.Auto,) * n)"
             )
         self.config, self._ds, self._params = config, ds, params
         self.pages = BlockAllocator(

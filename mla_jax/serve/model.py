@@ -187,7 +187,7 @@ def step(
         else:
             slot = ds.slots_from_positions(jnp.where(active, lengths, -1)[:, None], own_table, page_size)[:, 0]  # [b]
             caches = Caches(ds.append_kv(caches.own, row, slot), caches.prompt)
-        shared = dict(
+        shared: dict[str, Any] = dict(
             extra_cache=caches.prompt,
             extra_indices=jnp.broadcast_to(here[None, None], (x.shape[0], 1, here.size)),
             extra_topk_length=seen_prompt,
@@ -197,8 +197,9 @@ def step(
         if config.kind == "v3":
             parts = (
                 ds.mla_decode(q, caches.own, own_table, own, sm_scale=attention.sm_scale, return_lse=True),
+                # One index that names nothing: XLA's CPU partitioner crashes on arrays of width 0.
                 ds.sparse_mla_decode(
-                    q, caches.own, jnp.zeros((x.shape[0], 1, 0), jnp.int32), **shared, return_lse=True
+                    q, caches.own, jnp.full((x.shape[0], 1, 1), -1, jnp.int32), **shared, return_lse=True
                 ),
             )
             o, _ = merge_partials(*(jnp.stack(part) for part in zip(*parts, strict=True)))  # [b, 1, h, d_v]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from pallas_kernels.formats import KVFormat
+from pallas_kernels.formats import BF16_576, KVFormat
 
 F32_BYTES = 4  # partial results travel in float32, and so do all log-sum-exps
 
@@ -74,3 +74,27 @@ def step_cost(
         link_bytes=(context - 1) / context * (partial_bytes + merged_bytes),
         collectives=4 if context > 1 else 0,
     )
+
+
+# What docs/sharding.md tabulates: (requests, keys of each).
+CASES = ((128, 4096), (32, 32_768), (4, 262_144))
+# Data sheet of an H200, each way over NVLink; the latency of a small collective is a guess.
+RATES = dict(hbm_bytes_per_s=4.8e12, link_bytes_per_s=450e9, collective_us=10.0)
+
+
+def table(gpus: int = 4, num_heads: int = 128) -> str:
+    """The table of docs/sharding.md, in Markdown."""
+    head = "| requests x keys | cut over | KV read, MB | pool, MB | sent, MB | estimate, us |"
+    lines = [head, "|---|---|--:|--:|--:|--:|"]
+    for batch, keys in CASES:
+        for axis in ("none", "data", "heads", "context"):
+            sizes: dict[str, int] = {} if axis == "none" else {axis: gpus}
+            cost = step_cost(BF16_576, batch=batch, s_q=1, num_heads=num_heads, keys=keys, **sizes)
+            megabytes = (cost.kv_read_bytes / 1e6, cost.pool_bytes / 1e6, cost.link_bytes / 1e6)
+            cells = [f"{batch} x {keys}", axis, *(f"{x:.1f}" for x in megabytes), f"{cost.step_us(**RATES):.0f}"]
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(table())

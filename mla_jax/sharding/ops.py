@@ -381,7 +381,7 @@ def _own_slots(ds: DecodeSharding, cache: PagedKVCache, indices, length, shared:
     its own keys only and not on the gaps that the others leave."""
     first = ds._first_page(cache, shared) * cache.page_size
     own = ds._local(indices, first, cache.num_slots)  # [b, s_q, topk], or [b, topk]
-    if ds.num_context == 1:
+    if ds.num_context == 1 or 0 in own.shape:
         return own, length
     if length is not None:
         length = length.reshape(length.shape + (1,) * (own.ndim - length.ndim))  # broadcasts to [b, s_q, topk]

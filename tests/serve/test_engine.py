@@ -24,7 +24,8 @@ def sharding(data=1, heads=1, context=1):
 
 
 def config(kind="v3"):
-    return ModelConfig(kind, LAYERS, num_heads=4, vocab_size=64, page_size=4, max_pages=6, prompt_pages=2, window=9, exact=True)
+    sizes = dict(num_heads=4, vocab_size=64, page_size=4, max_pages=6, prompt_pages=2, window=9)
+    return ModelConfig(kind, LAYERS, **sizes, exact=True)
 
 
 def engine(ds, logits, *, kind="v3", pages=8, system_prompt=(5, 3, 60, 7, 1)):
@@ -202,7 +203,7 @@ def test_errors_say_what_to_change():
     with pytest.raises(ValueError, match="num_pages=10; accepted: a multiple of 8"):
         allocator(sharding(2, 1, 2), pages=10)
     e = engine(sharding(), {})
-    with pytest.raises(ValueError, match="max_tokens=25; accepted: .* up to 24"):
+    with pytest.raises(ValueError, match=r"max_tokens=25; accepted: .* up to 24"):
         e.submit([1], 25)
     with pytest.raises(ValueError, match="a request of 0 tokens"):
         e.submit([], 3)

@@ -175,11 +175,23 @@ def test_requests_that_are_one_page_each(rng):
     assert_same(ds.mla_decode(q, place(ds, cache), None, lengths, sm_scale=0.1, return_lse=True), want, 1e-5)
 
 
+def test_a_main_scope_without_keys(rng):
+    """As when all that is read lies in a shared pool."""
+    ds = make(2, 1, 2)
+    call = sparse_call(rng, ds, mla_jax.F32_576, mla_jax.F32_576)
+    call |= dict(indices=jnp.zeros((8, 1, 0), jnp.int32), topk_length=jnp.zeros(8, jnp.int32))
+    want = mla_jax.sparse_mla_decode(**call, sm_scale=0.05, return_lse=True)
+    got = ds.sparse_mla_decode(**place_sparse(ds, call), sm_scale=0.05, extra_shared=True, return_lse=True)
+    assert_same(got, want, 1e-5)
+
+
 def test_an_empty_batch():
     ds = make(2, 2, 2)
     cache = mla_jax.PagedKVCache.zeros(mla_jax.BF16_576, 8, 4, sharding=ds.cache_sharding())
     q, table = jnp.zeros((0, 1, 4, 576), jnp.bfloat16), jnp.zeros((0, 3), jnp.int32)
     out, lse = ds.mla_decode(q, cache, table, jnp.zeros(0, jnp.int32), sm_scale=1.0, return_lse=True)
+    assert out.shape == (0, 1, 4, 512) and lse.shape == (0, 1, 4)
+    out, lse = ds.sparse_mla_decode(q, cache, jnp.zeros((0, 1, 5), jnp.int32), sm_scale=1.0, return_lse=True)
     assert out.shape == (0, 1, 4, 512) and lse.shape == (0, 1, 4)
 
 
