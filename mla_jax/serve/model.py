@@ -197,9 +197,8 @@ def step(
         if config.kind == "v3":
             parts = (
                 ds.mla_decode(q, caches.own, own_table, own, sm_scale=attention.sm_scale, return_lse=True),
-                # One index that names nothing: XLA's CPU partitioner crashes on arrays of width 0.
                 ds.sparse_mla_decode(
-                    q, caches.own, jnp.full((x.shape[0], 1, 1), -1, jnp.int32), **shared, return_lse=True
+                    q, caches.own, jnp.zeros((x.shape[0], 1, 0), jnp.int32), **shared, return_lse=True
                 ),
             )
             o, _ = merge_partials(*(jnp.stack(part) for part in zip(*parts, strict=True)))  # [b, 1, h, d_v]

@@ -92,7 +92,7 @@ class DecodeSharding(Layout):
             q=(q, self._q_spec), cache=(cache, self._cache_spec()), block_table=(block_table, rows),
             cache_seqlens=(cache_seqlens, rows), sm_scale=(_scale(sm_scale), P()), plan=(plan, self._plan_spec),
         )  # fmt: skip
-        out, lse = self._run(_dense, operands, (self._q_spec, self._q_spec), options)
+        out, lse = self._attend(_dense, operands, options)
         return (out, lse) if return_lse else out
 
     def sparse_mla_decode(
@@ -145,6 +145,8 @@ class DecodeSharding(Layout):
                 shapes[2] = (q.shape[0], "topk")
             x = checks.int32(x, name, shapes.get(getattr(x, "ndim", 3), shapes[3]))
             self._check_operand(x, name, spec)
+            if name.endswith("indices") and x.shape[-1] == 0:  # XLA's partitioner crashes on arrays of width 0
+                x = jnp.full((*x.shape[:-1], 1), -1, jnp.int32)
             operands[name] = x, spec
         if extra_cache is not None:
             self._check_cache(extra_cache, "extra_cache", bool(extra_shared))
@@ -153,7 +155,7 @@ class DecodeSharding(Layout):
         operands["extra_cache"] = (extra_cache, self._cache_spec(bool(extra_shared)))
         self._check_plan(plan, "plan_sparse_decode")
         options = dict(extra_shared=bool(extra_shared), **_options(config, implementation))
-        out, lse = self._run(_sparse, operands, (self._q_spec, self._q_spec), options)
+        out, lse = self._attend(_sparse, operands, options)
         return (out, lse) if return_lse else out
 
     def append_kv(
@@ -238,7 +240,8 @@ class DecodeSharding(Layout):
         def lengths(x, width):
             return jnp.full(batch, width, jnp.int32) if x is None else x
 
-        options = dict(s_q=s_q, num_heads=self._local_heads(num_heads), topk=topk, extra_topk=extra_topk)
+        # An empty main scope is passed as one index that names nothing, see sparse_mla_decode.
+        options = dict(s_q=s_q, num_heads=self._local_heads(num_heads), topk=max(topk, 1), extra_topk=extra_topk)
         both = (lengths(topk_length, topk), lengths(extra_topk_length, extra_topk))
         return self._plan(_plan_sparse, both, dict(options, batch_invariant=batch_invariant))
 
@@ -262,6 +265,13 @@ class DecodeSharding(Layout):
             self._check_divides("lengths", "rows", x.shape[0], self.num_data)
             self._check_operand(x, "lengths", P(self.data))
         return self._run(function, dict(lengths=(lengths, P(self.data))), self._plan_spec, options)
+
+    def _attend(self, local, operands: dict[str, tuple[Any, Any]], options: dict[str, Any]) -> Any:
+        """(out, lse) of an op."""
+        q, fmt = operands["q"][0], operands["cache"][0].format
+        if 0 in q.shape:
+            return jnp.zeros((*q.shape[:3], fmt.d_v), q.dtype), jnp.full(q.shape[:3], -jnp.inf, jnp.float32)
+        return self._run(local, operands, (self._q_spec, self._q_spec), options)
 
     def _run(self, local, operands: dict[str, tuple[Any, Any]], out_specs: Any, options: dict[str, Any]) -> Any:
         placed = {name: jax.tree.map(lambda x, s=spec: self._place(x, s), x) for name, (x, spec) in operands.items()}
@@ -317,8 +327,6 @@ def _dense(ds: DecodeSharding, q, cache, block_table, cache_seqlens, sm_scale, p
         return decode.mla_decode(q, cache, block_table, cache_seqlens, **options)
     attend = functools.partial(decode.partial_results, decode.mla_decode, **options)
     b, s_q, h, d = q.shape
-    if b == 0:
-        return attend(q, cache, block_table, cache_seqlens)
     page_size, columns = cache.page_size, block_table.shape[1]
     lengths = jnp.clip(cache_seqlens, 0, min(columns * page_size, 2**31 - 1 - page_size))  # [b]
     own_table = _own_columns(ds, block_table)  # [b, columns / C]
@@ -381,7 +389,7 @@ def _own_slots(ds: DecodeSharding, cache: PagedKVCache, indices, length, shared:
     its own keys only and not on the gaps that the others leave."""
     first = ds._first_page(cache, shared) * cache.page_size
     own = ds._local(indices, first, cache.num_slots)  # [b, s_q, topk], or [b, topk]
-    if ds.num_context == 1 or 0 in own.shape:
+    if ds.num_context == 1:
         return own, length
     if length is not None:
         length = length.reshape(length.shape + (1,) * (own.ndim - length.ndim))  # broadcasts to [b, s_q, topk]
@@ -401,8 +409,6 @@ def _own_slots(ds: DecodeSharding, cache: PagedKVCache, indices, length, shared:
 def _merge(ds: DecodeSharding, out, lse, attn_sink, dtype) -> tuple[jax.Array, jax.Array]:
     """Joins the context ranks' (out float32 [b, s_q, h, d_v], lse [b, s_q, h]); all get the result, in `dtype`."""
     ranks, axis = ds.num_context, ds.context
-    if 0 in out.shape:
-        return out.astype(dtype), lse
     rows = lse.size
     each = -(-rows // ranks)  # rows that a rank merges
 
