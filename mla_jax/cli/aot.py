@@ -15,8 +15,8 @@ def register(subparsers: argparse._SubParsersAction) -> None:
     parser = subparsers.add_parser(
         "aot",
         help="compile every kernel without a GPU and check the machine code",
-        description="Exits with 1 when a kernel does not compile, spills too much in a loop that multiplies, has its matrix "
-        "instructions serialised, or wants more shared memory than there is. Needs JAX's CUDA plugin, ptxas and "
+        description="Exits with 1 when a kernel does not compile, spills too much in a loop that multiplies, has its "
+        "matrix instructions serialised, or wants more shared memory than there is. Needs JAX's CUDA plugin, ptxas and "
         "nvdisasm, but no GPU: uv run --group aot mla-jax aot",
     )
     parser.add_argument("--arch", default="sm_90a", help="architecture (default sm_90a)")
