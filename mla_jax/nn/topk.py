@@ -79,7 +79,7 @@ def _sortable(scores: jax.Array, visible: jax.Array) -> jax.Array:
     bits = lax.bitcast_convert_type(scores.astype(jnp.float32), jnp.uint32)  # [..., n]
     sign = jnp.uint32(1 << 31)
     keys = jnp.where(bits >= sign, ~bits, bits | sign)  # [..., n]: negative floats reversed, below the positive ones
-    column = jnp.arange(scores.shape[-1]).reshape((1,) * visible.ndim + (-1,))  # [..., n]
+    column = jnp.arange(scores.shape[-1], dtype=jnp.int32).reshape((1,) * visible.ndim + (-1,))  # [..., n]
     taking_part = column < visible[..., None]  # [..., n]
     return jnp.where(taking_part, jnp.maximum(keys, 1), 0)  # [..., n]
 
@@ -97,7 +97,7 @@ def _by_chunks(keys: jax.Array, k: int) -> jax.Array:
         return _by_sort(keys, k)
     padded = jnp.pad(keys, ((0, 0), (0, count * piece - n)))  # [r, count * piece]
     values, columns = lax.top_k(padded.reshape(r, count, piece), k)  # [r, count, k] each
-    columns = columns + piece * jnp.arange(count)[None, :, None]  # [r, count, k]
+    columns = columns + piece * jnp.arange(count, dtype=jnp.int32)[None, :, None]  # [r, count, k]
     values, winners = lax.top_k(values.reshape(r, -1), k)  # [r, k] each
     return jnp.where(values > 0, jnp.take_along_axis(columns.reshape(r, -1), winners, axis=1), -1)  # [r, k]
 
@@ -110,7 +110,7 @@ def kth_largest(keys: jax.Array, k: int) -> jax.Array:
         shift = (28 - 4 * step).astype(jnp.uint32)
         candidates = found[:, None] | (digits << shift)[None]  # [r, 15]
         reach = jnp.sum(keys[:, None, :] >= candidates[:, :, None], axis=-1, dtype=jnp.int32)  # [r, 15]
-        digit = jnp.sum(reach >= k, axis=-1).astype(jnp.uint32)  # [r]: reach falls as the digit grows
+        digit = jnp.sum(reach >= k, axis=-1, dtype=jnp.uint32)  # [r]: reach falls as the digit grows
         return found | (digit << shift)  # [r]
 
     return lax.fori_loop(0, 8, narrow, jnp.zeros(keys.shape[0], jnp.uint32), unroll=True)
@@ -136,12 +136,12 @@ def nth_set(mask: jax.Array, k: int) -> jax.Array:
     ones = jnp.triu(jnp.ones((_BLOCK, _BLOCK), jnp.bfloat16))  # [block, block]
     running = jnp.einsum("rmi,ij->rmj", blocks.astype(jnp.bfloat16), ones)  # [r, m, block]: set up to and with j
     running = running.astype(jnp.int32)
-    ends = jnp.cumsum(running[..., -1], axis=1)  # [r, m]: set up to the block's end
-    wanted = jnp.arange(k)  # [k]
-    block = jnp.sum(ends[:, None, :] <= wanted[None, :, None], axis=-1)  # [r, k]; num_blocks where there is none
+    ends = jnp.cumsum(running[..., -1], axis=1, dtype=jnp.int32)  # [r, m]: set up to the block's end
+    wanted = jnp.arange(k, dtype=jnp.int32)  # [k]
+    block = jnp.sum(ends[:, None, :] <= wanted[None, :, None], axis=-1, dtype=jnp.int32)  # [r, k]; num_blocks: none
     exists = block < num_blocks  # [r, k]
     block = jnp.minimum(block, num_blocks - 1)  # [r, k]
     before = jnp.take_along_axis(ends - running[..., -1], block, axis=1)  # [r, k]
     inside = jnp.take_along_axis(running.astype(jnp.uint8), block[..., None], axis=1)  # [r, k, block]
-    place = jnp.sum(inside <= (wanted[None] - before).astype(jnp.uint8)[..., None], axis=-1)  # [r, k]
+    place = jnp.sum(inside <= (wanted[None] - before).astype(jnp.uint8)[..., None], axis=-1, dtype=jnp.int32)  # [r, k]
     return jnp.where(exists, block * _BLOCK + place, -1)  # [r, k]

@@ -107,9 +107,10 @@ def init_params(config: V32Config | Model1Config, layer: int, key: jax.Array) ->
 @functools.partial(jax.jit, static_argnames="specs")
 def _random(specs: tuple[tuple[str, jax.ShapeDtypeStruct], ...], key: jax.Array) -> Params:
     sizes = [math.prod(spec.shape) for _, spec in specs]
-    noise = jnp.split(jax.random.normal(key, sum(sizes)), np.cumsum(sizes[:-1]).tolist())  # one draw compiles fastest
+    noise = jax.random.normal(key, sum(sizes), jnp.float32)  # all at once: one kernel to compile
+    parts = jnp.split(noise, np.cumsum(sizes[:-1]).tolist())
     params = {}
-    for (name, spec), flat in zip(specs, noise, strict=True):
+    for (name, spec), flat in zip(specs, parts, strict=True):
         value = flat.reshape(spec.shape)
         if name.endswith(("norm", "norm_weight")):
             value = 1.0 + 0.1 * value

@@ -79,16 +79,17 @@ def _kernel(scores_ref, visible_ref, out_ref, *, n: int, k: int, block: int):
     threshold = _kth_largest(key, k)
     above = key > threshold  # [block]
     equal = (key == threshold) & taking_part  # [block]
-    num_above = jnp.sum(above.astype(jnp.int32))
+    num_above = jnp.sum(above, dtype=jnp.int32)
     # Both running counts in one scan: the low half counts `above`, the high half `equal`.
-    running = jnp.cumsum(jnp.where(above, 1, jnp.where(equal, 1 << 16, 0)))  # [block]
+    counted = jnp.where(above, 1, jnp.where(equal, 1 << 16, 0)).astype(jnp.int32)  # [block]
+    running = jnp.cumsum(counted, dtype=jnp.int32)  # [block]
     rank_above = running & 0xFFFF  # [block], counting itself
     rank_equal = lax.shift_right_logical(running, 16) + num_above  # [block], counting itself
     place = jnp.where(above, rank_above, rank_equal) - 1  # [block]
     chosen = (above | equal) & (place < k)  # [block]
     # Interpreted, a masked store writes what was there before: such lanes get a column of their own, k.
     plgpu.store(out_ref.at[row, jnp.where(chosen, place, k)], column, mask=chosen)
-    found = num_above + jnp.sum(equal.astype(jnp.int32))
+    found = num_above + jnp.sum(equal, dtype=jnp.int32)
     slots = min(block, pl.next_power_of_2(k))
     for start in range(0, k, slots):
         at = start + jnp.arange(slots, dtype=jnp.int32)
@@ -108,7 +109,7 @@ def _kth_largest(key: jax.Array, k: int) -> jax.Array:
 
     def narrow(i, found):
         candidate = found + lax.shift_left(jnp.int32(1), 31 - i)
-        reach = jnp.sum((key >= candidate).astype(jnp.int32))
+        reach = jnp.sum(key >= candidate, dtype=jnp.int32)
         return jnp.where(reach >= k, candidate, found)
 
     return lax.fori_loop(0, 32, narrow, jnp.int32(_NO_KEY))

@@ -20,7 +20,7 @@ def check_topk(values, visible, k, columns):
         np.testing.assert_array_equal(np.sort(row[chosen]), np.sort(row[:n])[::-1][: len(chosen)][::-1])
 
 
-@pytest.mark.parametrize(("n", "k", "pieces"), [(1, 1, 1), (100, 16, 1), (1000, 130, 1), (900, 100, 4), (2000, 128, 8)])
+@pytest.mark.parametrize(("n", "k", "pieces"), [(1, 1, 1), (100, 16, 1), (1000, 130, 1), (900, 100, 4), pytest.param(2000, 128, 8, marks=pytest.mark.slow)])
 def test_topk(n, k, pieces, monkeypatch):
     if pieces > 1:
         monkeypatch.setattr(topk, "MAX_COLUMNS", 256)
@@ -46,6 +46,10 @@ def test_topk_refuses_more_than_half_a_program():
 
 @pytest.mark.parametrize(("s", "heads", "page"), [(1, 64, 64), (3, 16, 16)])
 def test_scores(s, heads, page):
+    check_scores(s, heads, page, interpret=True)
+
+
+def check_scores(s, heads, page, interpret):
     rng = np.random.default_rng(0)
     b, columns, pages = 2, 5, 12
     keys = jnp.asarray(rng.standard_normal((pages * page, 128)), jnp.bfloat16)
@@ -59,7 +63,7 @@ def test_scores(s, heads, page):
     w = rng.standard_normal((b, s, heads)).astype(np.float32)
     visible = np.tile(np.array([[columns * page], [2 * page + 3]], np.int32), (1, s))
     got = scores.scores(
-        *map(jnp.asarray, (q, w, cache.data, table, visible)), page_size=page, interpret=True
+        *map(jnp.asarray, (q, w, cache.data, table, visible)), page_size=page, interpret=interpret
     )  # [b, s, n]
     for r in range(b):
         for t in range(visible[r, 0]):
@@ -101,3 +105,24 @@ def test_the_kernels_compile_for_an_h100():
         *(((2, 1, 64, 128), jnp.bfloat16), ((2, 1, 64), f32), ((9, 64 * 132), jnp.uint8), ((2, 4), i32), ((2, 1), i32)),
     )
     assert "index_scores" in score.as_text()
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")
+@pytest.mark.parametrize(("n", "k"), [(100, 16), (32_768, 2048), (131_072, 2048)])
+def test_topk_on_a_gpu(n, k):
+    rng = np.random.default_rng(n)
+    values = rng.standard_normal((64, n)).astype(np.float32)
+    values[1] = rng.integers(-1, 2, n)  # ties
+    values[2] = -np.inf
+    visible = rng.integers(0, n + 1, 64).astype(np.int32)
+    visible[:4] = n
+    columns = jax.jit(topk.topk, static_argnums=2)(values, visible, k)
+    check_topk(values, visible, k, np.asarray(columns))
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")
+@pytest.mark.parametrize(("s", "heads", "page"), [(1, 64, 64), (3, 16, 16)])
+def test_scores_on_a_gpu(s, heads, page):
+    check_scores(s, heads, page, interpret=False)

@@ -95,6 +95,7 @@ def test_donated_steps_copy_no_pool(model, cache):
     check(lowered.compile(QUICK), state)
 
 
+@pytest.mark.slow
 def test_stacked_caches_would_not_pass():
     """The negative control: the same layers with caches as the scan's xs and ys do copy the pools."""
     config, _, state, table = v32_model("fp8")

@@ -52,7 +52,7 @@ def test_the_oracle_matches_the_golden_files(name):
 
 
 @pytest.mark.parametrize("path", ["f32", "fp8"])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", DEFAULT_CASES)
 def test_prefill_whole(name, path):
     g = golden(name, path)
     check(path, Runner(g.config, g.params).prefill(g.x[None])[0], g.out)
@@ -78,7 +78,7 @@ def test_prefill_in_chunks(name):
 
 
 @pytest.mark.parametrize("path", ["f32", pytest.param("fp8", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", DEFAULT_CASES)
 def test_prefill_then_decode(name, path):
     g = golden(name, path)
     t = len(g.x)
@@ -128,7 +128,7 @@ def test_the_indexer_picks_the_golden_sets(name, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["v32", "model1_ratio4_topk8"])
-@pytest.mark.parametrize("select", [all_entries, last_k])
+@pytest.mark.parametrize("select", [pytest.param(all_entries, marks=pytest.mark.slow), last_k])
 def test_another_choice_would_not_pass(name, select, monkeypatch):
     """The negative control of the golden tests: without the indexer's choice neither sets nor outputs agree."""
     g = load(name)
@@ -138,7 +138,7 @@ def test_another_choice_would_not_pass(name, select, monkeypatch):
     assert relative(out, g.out) > 1e-2
 
 
-@pytest.mark.parametrize("name", ["v32", "model1_ratio4_topk8"])
+@pytest.mark.parametrize("name", ["v32", pytest.param("model1_ratio4_topk8", marks=pytest.mark.slow)])
 def test_e4m3_index_keys_only_flip_near_ties(name, monkeypatch):
     """On the path that serves (bfloat16, e4m3 index keys): rows whose choice agrees have the golden output, and where
     it differs, the keys in dispute have all but the same score."""

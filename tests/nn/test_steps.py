@@ -35,7 +35,7 @@ def tokens(rng, *shape):
 
 
 @pytest.mark.parametrize("cache", ["f32", pytest.param("fp8", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", SOME_KINDS)
 def test_three_tokens_at_once_equal_three_steps(kind, cache):
     """At every phase of a ratio-4 window and of a page, over a batch whose requests differ in phase."""
     config, params, _ = make(kind, cache)
@@ -147,7 +147,7 @@ class Server:
             pool.leave(row)
 
 
-@pytest.mark.parametrize("kind", ["v32", "ratio4", "ratio128"])
+@pytest.mark.parametrize("kind", ["v32", "ratio4", pytest.param("ratio128", marks=pytest.mark.slow)])
 def test_continuous_batching_without_recompiling(kind):
     """64 steps, requests joining and leaving by block table alone; every output is checked against the oracle."""
     config, params, reference = make(kind, page_tokens=128) if kind != "v32" else make(kind)
@@ -185,6 +185,7 @@ def test_continuous_batching_without_recompiling(kind):
         assert relative(np.concatenate(outs), reference(history.astype(np.float64))) < F32_LIMIT
 
 
+@pytest.mark.slow
 def test_layers_share_pools_without_touching_each_other():
     """Layer 1 of three, decoded alone: its output is that of a cache of its own, the other layers' pages stay."""
     config, params, _ = make("v32")
