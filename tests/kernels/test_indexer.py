@@ -20,7 +20,10 @@ def check_topk(values, visible, k, columns):
         np.testing.assert_array_equal(np.sort(row[chosen]), np.sort(row[:n])[::-1][: len(chosen)][::-1])
 
 
-@pytest.mark.parametrize(("n", "k", "pieces"), [(1, 1, 1), (100, 16, 1), (1000, 130, 1), (900, 100, 4), pytest.param(2000, 128, 8, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("n", "k", "pieces"),
+    [(1, 1, 1), (100, 16, 1), (1000, 130, 1), (900, 100, 4), pytest.param(2000, 128, 8, marks=pytest.mark.slow)],
+)
 def test_topk(n, k, pieces, monkeypatch):
     if pieces > 1:
         monkeypatch.setattr(topk, "MAX_COLUMNS", 256)
