@@ -4,10 +4,10 @@ A block of 64 keys becomes one stage `kv[stage]`, bf16 [64, d_qk] in swizzled ti
 rows are one contiguous run of memory, a *group*. Each of the 4 warps owns two groups of a block and works on them
 without any other warp. Raw rows (656 or 576 bytes) have no buffer of their own:
 
-1. *start*: the raw rows are brought to the beginning of the group's own memory (8 * d_qk * 2 bytes, nearly twice as
-   much), one `cp.async.bulk` a row.
-2. *finish*: the warp reads all raw bytes of a group into registers (11 times 16 bytes a lane), then overwrites them
-   with the dequantised values. The other group's rows may still be travelling.
+1. The copy warpgroup has the raw rows brought to the beginning of the group's own memory (8 * d_qk * 2 bytes, nearly
+   twice as much), one `cp.async.bulk` a row, as soon as the stage is free.
+2. The gather warpgroup reads all raw bytes of a group into registers (11 times 16 bytes a lane), then overwrites them
+   with the dequantised values.
 
 Lane l works on row l % 8 of the group and on 16-byte chunks l // 8, l // 8 + 4, ...; with raw rows an odd number of
 chunks apart, reads of raw bytes and writes of swizzled values are free of bank conflicts.
@@ -52,7 +52,7 @@ MINUS_INFINITY = 0xFF800000 - 2**32  # the same as the bits of a float32, seen a
 BIAS_ROW = 0  # STAGES rows: 0 for a key, -inf for none
 RESCALE_ROW = STAGES  # what the accumulators are multiplied by before a block
 FACTOR_ROW = STAGES + 1  # what they are multiplied by at the end
-BARRIER_ROW = STAGES + 2  # the bulk copies' 8 mbarriers
+BARRIER_ROW = STAGES + 2  # the bulk copies' mbarriers: one a stage, warp and group
 ROWS = STAGES + 3
 
 # One value a row of a block: row = 32 * register + 8 * warp + lane % 8.
@@ -221,18 +221,22 @@ def _sync_warp() -> None:
 class SparseHardware(mgpu.Hardware):
     """Gather, dequantisation and masked stores, as they are on a GPU."""
 
-    def init_gather(self, rows) -> None:
-        """Prepares the mbarriers of bulk copies; called by the gathering warpgroup, which alone uses them."""
+    def copy_scratch(self) -> dict[str, plgpu.Barrier]:
+        """Scratch types beside `rows` that `start_copy` and `await_copy` need."""
+        return {}
+
+    def init_copies(self, rows) -> None:
+        """Prepares the mbarriers of bulk copies. One warpgroup does; the others must be told."""
 
         @plgpu.inline_mgpu(arg_types=(REF,))
         def init(_, rows):
             lane = _Lane()
-            for k in range(GROUPS_PER_WARP):
-                first = _equal(lane.lane, 0)
-                asm("@$0 mbarrier.init.shared::cta.b64 [$1], 1;", "b,r", first, _barrier(lane, rows, k))
+            for stage in range(STAGES):
+                for k in range(GROUPS_PER_WARP):
+                    barrier = _barrier(lane, rows, _int(stage, _i32()), k)
+                    asm("@$0 mbarrier.init.shared::cta.b64 [$1], 1;", "b,r", _equal(lane.lane, 0), barrier)
             asm("fence.mbarrier_init.release.cluster;")
             asm("fence.proxy.async.shared::cta;")
-            _sync_warp()
 
         init(rows)
 
@@ -275,24 +279,27 @@ class SparseHardware(mgpu.Hardware):
 
         return tuple(load(data, slots))
 
-    def start_block(self, data, slots, kv, rows, stage, scope: Scope) -> None:
-        """Begins to copy a block's rows to a free stage."""
+    def start_copy(self, data, slots, kv, rows, stage, scope: Scope, copied=None) -> None:
+        """Begins to copy a block's raw rows to a free stage."""
+        self._start(_copy_raw, data, slots, kv, rows, stage, scope)
 
+    def copy_plain(self, data, slots, kv, rows, stage, scope: Scope) -> None:
+        """Begins to copy a block's bf16 rows to a free stage; the same warpgroup finishes."""
+        self._start(_copy_plain, data, slots, kv, rows, stage, scope)
+
+    def _start(self, copy, data, slots, kv, rows, stage, scope) -> None:
         @plgpu.inline_mgpu(arg_types=(REF, BLOCK_ROW, TILES, REF, SPLAT))
         def start(_, data, slots, kv, rows, stage):
             lane = _Lane()
             for k, slot in enumerate(_row_values(slots)):
-                key = _is_key(slot, scope)
                 row, _ = _row_address(data, slot, scope)
                 group = lane.group(kv, _scalar(stage), k, scope.fmt.d_qk)
-                if scope.fmt.is_quantized:
-                    _copy_raw(lane, group, row, key, _barrier(lane, rows, k), scope)
-                else:
-                    _copy_plain(lane, group, row, key, _gmem(data), scope)
+                barrier = _barrier(lane, rows, _scalar(stage), k)
+                copy(lane, group, row, _is_key(slot, scope), barrier, _gmem(data), scope)
 
         start(data, slots, kv, rows, stage)
 
-    def finish_block(self, data, slots, scales, kv, rows, stage, parity, scope: Scope) -> None:
+    def finish_block(self, data, slots, scales, kv, rows, stage, parity, scope: Scope, copied=None) -> None:
         """Waits for the rows, dequantises them, writes the mask, makes it all visible to wgmma."""
 
         @plgpu.inline_mgpu(arg_types=(BLOCK_ROW, (BLOCK_ROW,) * len(scales), TILES, REF, SPLAT, SPLAT))
@@ -309,7 +316,7 @@ class SparseHardware(mgpu.Hardware):
                 asm("cp.async.wait_all;")
             for k, key in enumerate(keys if scope.fmt.is_quantized else ()):
                 group = lane.group(kv, _scalar(stage), k, scope.fmt.d_qk)
-                _wait(_barrier(lane, rows, k), _scalar(parity))
+                _wait(_barrier(lane, rows, _scalar(stage), k), _scalar(parity))
                 chunks = _read_raw(lane, group, key, scope)
                 _dequantize_group(lane, group, chunks, [w[k] for w in scale_words], scope)
             asm("fence.proxy.async.shared::cta;")
@@ -368,9 +375,9 @@ class SparseHardware(mgpu.Hardware):
         store(x, out, index, tile)
 
 
-def _barrier(lane: _Lane, rows: ir.Value, k: int) -> ir.Value:
-    """Address of the mbarrier of the calling warp's k-th group."""
-    number = _add(_mul(lane.warp, GROUPS_PER_WARP), k)
+def _barrier(lane: _Lane, rows: ir.Value, stage: ir.Value, k: int) -> ir.Value:
+    """Address of the mbarrier of the warp's k-th group of a stage."""
+    number = _add(_mul(_add(_mul(stage, 4), lane.warp), GROUPS_PER_WARP), k)
     return _add(_smem(rows), _add(_mul(number, 8), 4 * BLOCK_TOKENS * BARRIER_ROW))
 
 
@@ -379,7 +386,7 @@ def _staged(lane: _Lane, group: ir.Value, scope: Scope) -> ir.Value:
     return _add(group, _add(_mul(lane.row, scope.staged_row_bytes), _mul(lane.chunk, CHUNK_BYTES)))
 
 
-def _copy_plain(lane, group, row, key, fallback, scope) -> None:
+def _copy_plain(lane, group, row, key, barrier, fallback, scope) -> None:
     """bf16 rows, straight to their swizzled places."""
     size = arith.select(key, _int(CHUNK_BYTES, _i32()), _int(0, _i32()))
     source = _add(arith.select(key, row, fallback), _wide(_mul(lane.chunk, CHUNK_BYTES)))
@@ -390,7 +397,7 @@ def _copy_plain(lane, group, row, key, fallback, scope) -> None:
         asm(text, "r,l,r", targets[n % 2], source, size)
 
 
-def _copy_raw(lane, group, row, key, barrier, scope) -> None:
+def _copy_raw(lane, group, row, key, barrier, fallback, scope) -> None:
     """Raw rows, one bulk copy each, issued by the 8 lanes of chunk 0."""
     go = arith.andi(key, _equal(lane.chunk, 0))
     text = f"{{ vote.sync.ballot.b32 $0, $1, 0xffffffff; popc.b32 $0, $0; mul.lo.u32 $0, $0, {scope.row_bytes}; }}"
@@ -459,7 +466,10 @@ def _dequantize_group(lane, group, chunks, scale_words, scope) -> None:
 class SparseInterpreted(mgpu.Interpreted):
     """The same in plain jax.numpy."""
 
-    def init_gather(self, rows) -> None:
+    def copy_scratch(self):
+        return {"copied": plgpu.Barrier(num_barriers=STAGES)}
+
+    def init_copies(self, rows) -> None:
         pass
 
     def load_slots(self, indices, item, block, length, scope):
@@ -470,11 +480,17 @@ class SparseInterpreted(mgpu.Interpreted):
     def load_scales(self, data, slots, scope):
         return ()
 
-    def start_block(self, data, slots, kv, rows, stage, scope) -> None:
+    def start_copy(self, data, slots, kv, rows, stage, scope, copied) -> None:
+        self.copy_plain(data, slots, kv, rows, stage, scope)
+        plgpu.barrier_arrive(copied.at[stage])
+
+    def copy_plain(self, data, slots, kv, rows, stage, scope) -> None:
         # The stage holds neither the old keys nor the new ones from here on.
         kv[stage] = jnp.full((BLOCK_TOKENS, scope.fmt.d_qk), jnp.nan, jnp.bfloat16)
 
-    def finish_block(self, data, slots, scales, kv, rows, stage, parity, scope) -> None:
+    def finish_block(self, data, slots, scales, kv, rows, stage, parity, scope, copied) -> None:
+        if scope.fmt.is_quantized:
+            plgpu.barrier_wait(copied.at[stage])
         kv[stage] = _interpreted_rows(data[...], slots, scope)
         key = (slots >= 0) & (slots < scope.num_slots)
         rows[BIAS_ROW + stage] = jnp.where(key, 0.0, MASKED).astype(jnp.float32)

@@ -3,19 +3,21 @@
     S = scale * Q K^T    P = softmax(S)    O = P V    with K [keys, d_qk] gathered and dequantised, V = K[:, :d_v]
 
 One CTA works on one tile of 64 heads of the items (query rows) of its part; docs/sparse-decode.md explains the choice
-and has the budget. Three warpgroups:
+and has the budget. Four warpgroups:
 
-    gather   row indices -> raw rows -> bf16 keys in shared memory, two stages of 64 keys       (dequant.py)
+    copy     row indices -> raw rows in shared memory, as soon as a stage is free           (dequant.py)
+    gather   raw rows -> bf16 keys in their place; two stages of 64 keys                    (dequant.py)
     softmax  S = Q K^T, softmax, P to shared memory, left half of O
     value    right half of O
 
-and five barriers between them:
+and the barriers between them (the raw rows' arrival at the gathering warps is an mbarrier of dequant.py's own):
 
-    full[stage]   gather  -> softmax         a block's keys and mask are there
-    empty[stage]  softmax, value -> gather   nobody reads the stage any more
-    p_ready       softmax -> value           P and the rescale factors (or the final factors) are there
-    p_free        value -> softmax           they have been read
-    q_ready       TMA     -> softmax         the piece's queries are there
+    full[stage]   gather  -> softmax               a block's keys and mask are there
+    empty[stage]  softmax, value -> copy, gather   nobody reads the stage any more
+    p_ready       softmax -> value                 P and the rescale factors (or the final factors) are there
+    p_free        value -> softmax                 they have been read
+    q_ready       TMA     -> softmax               the piece's queries are there
+    copies_ready  gather  -> copy                  the mbarriers exist
 
         stage A   |--copy--|--dequantise--|--QK--|softmax|--PV--|--copy--|--dequantise--| ...
         stage B            ...--QK--|softmax|--PV--|--copy--|--dequantise--|--QK--|softmax| ...
@@ -39,6 +41,7 @@ from pallas_kernels.schedule import SplitPlan
 from pallas_kernels.sparse_decode import dequant
 from pallas_kernels.sparse_decode.config import (
     BLOCK_TOKENS,
+    MAX_REGISTERS,
     STAGES,
     TILE_HEADS,
     Scope,
@@ -47,9 +50,10 @@ from pallas_kernels.sparse_decode.config import (
 )
 from pallas_kernels.sparse_decode.dequant import BIAS_ROW, FACTOR_ROW, RESCALE_ROW, ROWS
 
-SOFTMAX, VALUE, GATHER = range(3)  # warpgroups
+SOFTMAX, VALUE, GATHER, COPY = range(4)  # warpgroups
 WGMMA_COLUMN = WGMMA.reduce(0)
 Q_ROW_ALIGN = 8  # a TMA copy into swizzled memory begins at a multiple of 8 rows
+ACC_COLUMNS = 128  # of one accumulator; ptxas refuses wgmma with 256 columns in a kernel of four warpgroups
 LOWEST = -3.0e38  # below any score, and finite: exp2(-inf - LOWEST) is 0, not NaN
 
 
@@ -69,6 +73,7 @@ def scratch_types(fmt: KVFormat) -> dict[str, Any]:
         empty=plgpu.Barrier(num_arrivals=2, num_barriers=STAGES),
         p_ready=plgpu.Barrier(),
         p_free=plgpu.Barrier(),
+        copies_ready=plgpu.Barrier(),
     )
 
 
@@ -115,11 +120,27 @@ def _pieces_of_part(parts, pieces, lengths, run):
 
 def _set_registers(count):
     # The wrong direction is an illegal instruction.
-    plgpu.set_max_registers(count, action="increase" if count > mgpu.MAX_REGISTERS // 3 else "decrease")
+    plgpu.set_max_registers(count, action="increase" if count > MAX_REGISTERS // 4 else "decrease")
 
 
 def _zeros(shape):
     return plgpu.layout_cast(jnp.zeros(shape, jnp.float32), WGMMA if len(shape) == 2 else WGMMA_ROW)
+
+
+def _scaled(acc, factor):
+    """Accumulators ([64, 128], ...) times one factor a row, [64]."""
+    return tuple(x * rows_to_tile(factor, x.shape) for x in acc)
+
+
+def _no_values(fmt):
+    """Accumulators of half of O."""
+    return tuple(_zeros((TILE_HEADS, ACC_COLUMNS)) for _ in range(fmt.d_v // 2 // ACC_COLUMNS))
+
+
+def _add_values(acc_refs, probabilities, kv, stage, column):
+    """O += P V for V's columns from `column` on."""
+    for n, acc_ref in enumerate(acc_refs):
+        plgpu.wgmma(acc_ref, probabilities, kv.at[stage, :, pl.ds(column + n * ACC_COLUMNS, ACC_COLUMNS)])
 
 
 def _softmax_warpgroup(
@@ -129,7 +150,6 @@ def _softmax_warpgroup(
     """Scores, softmax and the left half of O."""
     _set_registers(config.softmax_registers)
     tile = lax.axis_index("tile")
-    half = fmt.d_v // 2
     q_rows = _round_up(num_heads, Q_ROW_ALIGN)
     scale2 = scale[0] * mgpu.LOG2_E
     for stage in range(STAGES):
@@ -146,7 +166,7 @@ def _softmax_warpgroup(
 
     def block(i, carry, first_block, last=False):
         """One block: softmax of its scores, then O += P V while the next block's scores are computed."""
-        acc, s, top, total = carry  # [64, d_v / 2], [64, 64], [64], [64]
+        acc, s, top, total = carry  # d_v / 2 columns of [64, 128] each, [64, 64], [64], [64]
         stage = lax.rem(first_block + i, jnp.int32(STAGES))
         following = lax.rem(first_block + i + 1, jnp.int32(STAGES))
         bias = plgpu.load(rows.at[BIAS_ROW + stage], layout=WGMMA_COLUMN)  # [64 keys]
@@ -159,11 +179,12 @@ def _softmax_warpgroup(
         p[...] = probabilities
         rows[RESCALE_ROW] = rescale
         plgpu.barrier_arrive(p_ready)
-        acc = acc * rows_to_tile(rescale, acc.shape)
+        acc = _scaled(acc, rescale)
         total = total * rescale + weights.sum(axis=1)
 
-        def products(acc_ref, s_ref=None):
-            plgpu.wgmma(acc_ref, probabilities, kv.at[stage, :, pl.ds(0, half)])
+        def products(refs):
+            acc_refs, s_ref = (refs, None) if last else (refs[:-1], refs[-1])
+            _add_values(acc_refs, probabilities, kv, stage, 0)
             if not last:
                 plgpu.barrier_wait(full.at[following])
                 scores(s_ref, following, i)
@@ -171,12 +192,12 @@ def _softmax_warpgroup(
                 plgpu.barrier_arrive(empty.at[stage])
 
         if last:
-            acc = pl.run_state(products)(plgpu.ACC.init(acc))
+            acc = pl.run_state(products)(tuple(map(plgpu.ACC.init, acc)))
             plgpu.barrier_arrive(empty.at[stage])
             return acc, new_top, total
-        accumulators = (plgpu.ACC.init(acc), plgpu.ACC.init(_zeros((TILE_HEADS, BLOCK_TOKENS))))
-        acc, s = pl.run_state(lambda refs: products(*refs))(accumulators)
-        return acc, s, new_top, total
+        nothing = _zeros((TILE_HEADS, BLOCK_TOKENS))
+        *acc, s = pl.run_state(products)((*map(plgpu.ACC.init, acc), plgpu.ACC.init(nothing)))
+        return tuple(acc), s, new_top, total
 
     def attend(index, this, following, first_block):
         item, _, count, _, siblings = this
@@ -187,7 +208,7 @@ def _softmax_warpgroup(
             plgpu.ACC.init(_zeros((TILE_HEADS, BLOCK_TOKENS)))
         )
         top = plgpu.layout_cast(jnp.full((TILE_HEADS,), LOWEST, jnp.float32), WGMMA_ROW)
-        carry = (_zeros((TILE_HEADS, half)), s, top, _zeros((TILE_HEADS,)))
+        carry = (_no_values(fmt), s, top, _zeros((TILE_HEADS,)))
         carry = lax.fori_loop(0, count - 1, functools.partial(block, first_block=first_block), carry)
         load_q(*following)  # the last scores are here, so Q may go
         acc, top, total = block(count - 1, carry, first_block, last=True)
@@ -203,7 +224,7 @@ def _softmax_warpgroup(
         plgpu.barrier_wait(p_free)
         rows[FACTOR_ROW] = factor
         plgpu.barrier_arrive(p_ready)
-        results.store(acc * rows_to_tile(factor, acc.shape), index, item, siblings, tile, 0)
+        results.store(_scaled(acc, factor), index, item, siblings, tile, 0)
         results.store_lse(lse2, index, item, siblings, tile)
 
     def piece(index, this, following, first_block):
@@ -216,7 +237,7 @@ def _softmax_warpgroup(
 
         @pl.when(count == 0)
         def _none():
-            results.store(_zeros((TILE_HEADS, half)), index, item, siblings, tile, 0)
+            results.store(_no_values(fmt), index, item, siblings, tile, 0)
             nothing = plgpu.layout_cast(jnp.full((TILE_HEADS,), -jnp.inf, jnp.float32), WGMMA_ROW)
             results.store_lse(nothing, index, item, siblings, tile)
             load_q(*after)
@@ -248,12 +269,9 @@ def _value_warpgroup(
         probabilities = plgpu.load(p, layout=WGMMA)  # [64 heads, 64 keys]
         rescale = plgpu.load(rows.at[RESCALE_ROW], layout=WGMMA_ROW)  # [64]
         plgpu.barrier_arrive(p_free)
-        acc = acc * rows_to_tile(rescale, acc.shape)
-
-        def products(acc_ref):
-            plgpu.wgmma(acc_ref, probabilities, kv.at[stage, :, pl.ds(half, half)])
-
-        acc = pl.run_state(products)(plgpu.ACC.init(acc))
+        acc = _scaled(acc, rescale)
+        products = functools.partial(_add_values, probabilities=probabilities, kv=kv, stage=stage, column=half)
+        acc = pl.run_state(products)(tuple(map(plgpu.ACC.init, acc)))
         plgpu.barrier_arrive(empty.at[stage])
         return acc
 
@@ -263,60 +281,92 @@ def _value_warpgroup(
 
         @pl.when(count > 0)
         def _some():
-            acc = lax.fori_loop(0, count, functools.partial(block, first_block=first_block), _zeros((TILE_HEADS, half)))
+            acc = lax.fori_loop(0, count, functools.partial(block, first_block=first_block), _no_values(fmt))
             plgpu.barrier_wait(p_ready)
             factor = plgpu.load(rows.at[FACTOR_ROW], layout=WGMMA_ROW)  # [64]
             plgpu.barrier_arrive(p_free)
-            results.store(acc * rows_to_tile(factor, acc.shape), index, item, siblings, tile, half)
+            results.store(_scaled(acc, factor), index, item, siblings, tile, half)
 
         @pl.when(count == 0)
         def _none():
-            results.store(_zeros((TILE_HEADS, half)), index, item, siblings, tile, half)
+            results.store(_no_values(fmt), index, item, siblings, tile, half)
 
         return first_block + count
 
     _pieces_of_part(parts, pieces, lengths, piece)
 
 
-def _gather_warpgroup(data, indices, parts, pieces, lengths, *, scopes, config, ops, kv, rows, full, empty):
-    """Keys of every block of every piece, scope after scope."""
-    _set_registers(config.gather_registers)
-    ops.init_gather(rows)
-
-    def gather(k, scope, item, blocks, first_number):
-        """Blocks [begin, end) of one scope; the first is the CTA's block `first_number`."""
-        begin, end = blocks
-
-        def load(j):
-            slots = ops.load_slots(indices[k], item, j, lengths[k](item), scope)
-            return slots, ops.load_scales(data[k], slots, scope)
-
-        def block(j, carry):
-            slots, scales = carry
-            number = first_number + (j - begin)
-            stage, parity = lax.rem(number, jnp.int32(STAGES)), lax.rem(number, jnp.int32(2))
-            plgpu.barrier_wait(empty.at[stage])
-            ops.start_block(data[k], slots, kv, rows, stage, scope)
-            following = load(j + 1)
-            ops.finish_block(data[k], slots, scales, kv, rows, stage, parity, scope)
-            plgpu.barrier_arrive(full.at[stage])
-            return following
-
-        @pl.when(begin < end)
-        def _():
-            lax.fori_loop(begin, end, block, load(begin))
+def _each_block(parts, pieces, lengths, scopes, prepare, run):
+    """Calls run(scope number, item, block of the scope, number of the block in the CTA, what `prepare` or the last call
+    returned) for every block of every piece; prepare(scope number, item, block) before the first of each scope."""
 
     def piece(index, this, following, first_block):
         del index, following
         item, begin, count, main_blocks, _ = this
-        for k, scope in enumerate(scopes):
+        for k in range(len(scopes)):
             before = main_blocks if k else 0  # blocks of the item in front of this scope
             first = jnp.maximum(begin - before, 0)
             behind = jnp.minimum(begin + count - before, _num_blocks(lengths[k](item)))
-            gather(k, scope, item, (first, behind), first_block + (first + before - begin))
+
+            @pl.when(first < behind)
+            def _(k=k, before=before, first=first, behind=behind):
+                def step(j, carry):
+                    return run(k, item, j, first_block + (j + before - begin), carry)
+
+                lax.fori_loop(first, behind, step, prepare(k, item, first))
+
         return first_block + count
 
     _pieces_of_part(parts, pieces, lengths, piece)
+
+
+def _gather_warpgroup(
+    data, indices, parts, pieces, lengths, *, scopes, config, ops, kv, rows, full, empty, copies_ready, copied
+):  # fmt: skip
+    """Keys of every block from their raw rows."""
+    _set_registers(config.gather_registers)
+    ops.init_copies(rows)
+    plgpu.barrier_arrive(copies_ready)
+
+    def load(k, item, j):
+        slots = ops.load_slots(indices[k], item, j, lengths[k](item), scopes[k])
+        return slots, ops.load_scales(data[k], slots, scopes[k])
+
+    def block(k, item, j, number, carry):
+        slots, scales = carry
+        stage, use = lax.rem(number, jnp.int32(STAGES)), lax.div(number, jnp.int32(STAGES))
+        plgpu.barrier_wait(empty.at[stage])
+        if not scopes[k].fmt.is_quantized:
+            ops.copy_plain(data[k], slots, kv, rows, stage, scopes[k])
+        following = load(k, item, j + 1)
+        parity = lax.rem(use, jnp.int32(2))
+        ops.finish_block(data[k], slots, scales, kv, rows, stage, parity, scopes[k], **copied)
+        plgpu.barrier_arrive(full.at[stage])
+        return following
+
+    _each_block(parts, pieces, lengths, scopes, load, block)
+    for stage in range(STAGES):
+        plgpu.barrier_wait(empty.at[stage])  # drains it
+
+
+def _copy_warpgroup(
+    data, indices, parts, pieces, lengths, *, scopes, config, ops, kv, rows, empty, copies_ready, copied
+):  # fmt: skip
+    """Raw rows of every block into its stage, as soon as that is free."""
+    _set_registers(config.copy_registers)
+    plgpu.barrier_wait(copies_ready)
+
+    def load(k, item, j):
+        return ops.load_slots(indices[k], item, j, lengths[k](item), scopes[k])
+
+    def block(k, item, j, number, slots):
+        stage = lax.rem(number, jnp.int32(STAGES))
+        plgpu.barrier_wait(empty.at[stage])
+        if scopes[k].fmt.is_quantized:
+            ops.start_copy(data[k], slots, kv, rows, stage, scopes[k], **copied)
+        return load(k, item, j + 1)
+
+    _each_block(parts, pieces, lengths, scopes, load, block)
     for stage in range(STAGES):
         plgpu.barrier_wait(empty.at[stage])  # drains it
 
@@ -329,10 +379,16 @@ class _Results:
         self._num_heads, self._ops = num_heads, ops
 
     def store(self, x, index, item, siblings, tile, column):
-        """x [64, n], columns from `column` on."""
-        store = functools.partial(self._ops.store_rows, x, tile=tile, column=column, num_rows=self._num_heads)
-        pl.when(siblings == 1)(lambda: store(out=self._out, index=item))
-        pl.when(siblings != 1)(lambda: store(out=self._partial_out, index=index))
+        """x: tuple of [64, n], columns from `column` on."""
+
+        def store(out, place):
+            first = column
+            for part in x:
+                self._ops.store_rows(part, out=out, index=place, tile=tile, column=first, num_rows=self._num_heads)
+                first += part.shape[1]
+
+        pl.when(siblings == 1)(lambda: store(self._out, item))
+        pl.when(siblings != 1)(lambda: store(self._partial_out, index))
 
     def store_lse(self, lse2, index, item, siblings, tile):
         """lse2 [64], in base 2 as the partial ones stay."""
@@ -421,7 +477,7 @@ def sparse_decode(
 
     ops = dequant.operations(interpret)
 
-    def kernel(*refs, q, kv, p, rows, q_ready, full, empty, p_ready, p_free):
+    def kernel(*refs, q, kv, p, rows, q_ready, full, empty, p_ready, p_free, copies_ready, **copied):
         results = _Results(refs[len(leaves) :], num_heads, ops)
         given = jax.tree.unflatten(structure, refs[: len(leaves)])
         parts, pieces = given["parts"], given["pieces"]
@@ -443,12 +499,20 @@ def sparse_decode(
                 p_ready=p_ready, p_free=p_free,
             )  # fmt: skip
 
+        gathering = dict(
+            scopes=scopes, config=config, ops=ops, kv=kv, rows=rows, empty=empty, copies_ready=copies_ready,
+            copied=copied,
+        )  # fmt: skip
+
         @pl.when(wg == GATHER)
         def _gather():
             _gather_warpgroup(
-                given["data"], given["indices"], parts, pieces, lengths, scopes=scopes, config=config, ops=ops, kv=kv,
-                rows=rows, full=full, empty=empty,
+                given["data"], given["indices"], parts, pieces, lengths, full=full, **gathering
             )  # fmt: skip
+
+        @pl.when(wg == COPY)
+        def _copy():
+            _copy_warpgroup(given["data"], given["indices"], parts, pieces, lengths, **gathering)
 
     shape = jax.ShapeDtypeStruct
     out, lse, partial_out, partial_lse = plgpu.kernel(
@@ -461,9 +525,9 @@ def sparse_decode(
         ),
         grid=(tiles, plan.num_parts),
         grid_names=("tile", "part"),
-        num_threads=3,
+        num_threads=4,
         thread_name="wg",
-        scratch_types=scratch_types(fmt),
+        scratch_types=scratch_types(fmt) | ops.copy_scratch(),
         kernel_name=f"sparse_mla_{fmt.name.lower()}",
         interpret=interpret,
         compiler_params=plgpu.CompilerParams(

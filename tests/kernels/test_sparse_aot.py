@@ -66,15 +66,18 @@ def test_compiles_well(fmt, extra_fmt, num_heads):
     kernel = compiled(fmt, extra_fmt, num_heads)
     assert not [code for code in SERIALISED + REGISTERS_IGNORED if code in kernel.log], kernel.log
     assert kernel.smem_bytes <= mgpu.MAX_SMEM_BYTES
-    assert kernel.count("USETMAXREG") == 3
+    assert kernel.count("USETMAXREG") == 4
     quantized = any(f is not None and f.is_quantized for f in (fmt, extra_fmt))
     assert (kernel.count("UBLKCP") > 0) == quantized
     loops = kernel.hot_loops()
-    # Each warpgroup's loop over blocks, the gathering one's once a scope.
+    # The loops over blocks: the gathering one once a scope.
     assert len(loops) >= (3 if extra_fmt is None else 4)
     assert sum(any("HGMMA" in line for line in loop) for loop in loops) == 2
     for loop in loops:
-        assert not [line for line in loop if "LDL" in line or "STL" in line]
+        # The copy warpgroup has 24 registers and time to spare: a few accesses of its loop may go to memory.
+        copies = any("UBLKCP" in line for line in loop)
+        spilled = [line for line in loop if "LDL" in line or "STL" in line]
+        assert len(spilled) <= (8 if copies else 0), spilled
 
 
 @pytest.mark.parametrize("fmt", [mla_jax.V32, mla_jax.MODEL1, mla_jax.BF16_576, mla_jax.BF16_512])
@@ -84,10 +87,10 @@ def test_shared_memory_fits(fmt):
 
 def test_registers_are_not_oversubscribed():
     chosen = config.SparseConfig()
-    total = chosen.softmax_registers + chosen.value_registers + chosen.gather_registers
-    assert total <= mgpu.MAX_REGISTERS
+    total = chosen.softmax_registers + chosen.value_registers + chosen.gather_registers + chosen.copy_registers
+    assert total <= config.MAX_REGISTERS
     for wrong in (dict(softmax_registers=216), dict(value_registers=100), dict(gather_registers=248)):
-        with pytest.raises(ValueError, match="registers of the three warpgroups"):
+        with pytest.raises(ValueError, match="registers of the four warpgroups"):
             config.SparseConfig(**wrong)
 
 

@@ -130,16 +130,18 @@ PLANTED = {
         "        probabilities = plgpu.load(p, layout=WGMMA)",
     ),
     "a stage is refilled while it is read": (
-        "            plgpu.barrier_wait(empty.at[stage])\n"
-        "            ops.start_block(data[k], slots, kv, rows, stage, scope)\n",
-        "            ops.start_block(data[k], slots, kv, rows, stage, scope)\n"
-        "            plgpu.barrier_wait(empty.at[stage])\n",
+        "        plgpu.barrier_wait(empty.at[stage])\n"
+        "        if scopes[k].fmt.is_quantized:\n"
+        "            ops.start_copy(data[k], slots, kv, rows, stage, scopes[k], **copied)\n",
+        "        if scopes[k].fmt.is_quantized:\n"
+        "            ops.start_copy(data[k], slots, kv, rows, stage, scopes[k], **copied)\n"
+        "        plgpu.barrier_wait(empty.at[stage])\n",
     ),
     "a stage is announced before it is full": (
-        "            ops.finish_block(data[k], slots, scales, kv, rows, stage, parity, scope)\n"
-        "            plgpu.barrier_arrive(full.at[stage])\n",
-        "            plgpu.barrier_arrive(full.at[stage])\n"
-        "            ops.finish_block(data[k], slots, scales, kv, rows, stage, parity, scope)\n",
+        "        ops.finish_block(data[k], slots, scales, kv, rows, stage, parity, scopes[k], **copied)\n"
+        "        plgpu.barrier_arrive(full.at[stage])\n",
+        "        plgpu.barrier_arrive(full.at[stage])\n"
+        "        ops.finish_block(data[k], slots, scales, kv, rows, stage, parity, scopes[k], **copied)\n",
     ),
 }
 
@@ -153,7 +155,7 @@ def test_planted_mistake_is_found(what):
     assert source.count(right) == 1, "the kernel has changed; plant the mistake anew"
     source = source.replace(right, wrong)
     if what == "P is given back before it is read":  # and not a second time after
-        late = "        plgpu.barrier_arrive(p_free)\n        acc = acc * rows_to_tile(rescale, acc.shape)\n"
+        late = "        plgpu.barrier_arrive(p_free)\n        acc = _scaled(acc, rescale)\n        products"
         assert source.count(late) == 1
         source = source.replace(late, late.split("\n", 1)[1])
     module = types.ModuleType("planted")
