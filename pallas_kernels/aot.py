@@ -54,7 +54,8 @@ COUNTED = (*MULTIPLY, "UTMALDG", "UTMASTG", "UBLKCP", "LDGSTS", "LDG", "STG", "L
            "STL", "MUFU", "FMUL", "FFMA", "FADD", "F2FP", "BAR", "SYNCS", "VOTE", "R2UR")  # fmt: skip
 # Stack accesses a round that a loop with products may make. Most configurations have none; with pages of 16 tokens the
 # dense kernel has up to 14, and took 250.7 us where pages of 64 tokens took 248.0 (b=128, h=128, 4096 tokens, H200).
-MAX_SPILLS_IN_LOOP = 16
+# Pages that are copied row by row (61 tokens, say), where loads take longer than all else, have up to 28.
+MAX_SPILLS_IN_LOOP = 28
 
 
 @dataclasses.dataclass(frozen=True)
@@ -239,9 +240,11 @@ def _parse(text: str, arch: str) -> Iterator[Report]:
     parts = re.split(r"Compiling entry function '(\w+)'", text)
     # parts: what came before the first kernel, then a name and what follows it, for each. The warnings come before.
     kernels = list(zip(parts[1::2], parts[2::2], parts[0::2], strict=False))
-    if len(kernels) != len(smem):
+    # jax 0.12 does not compile a kernel again that this process has compiled (such as the combine kernel, which comes
+    # last): it was reported then.
+    if not 0 < len(kernels) <= len(smem):
         raise RuntimeError(f"{len(smem)} kernels were lowered, {len(kernels)} compiled: cannot read ptxas' output")
-    for (name, after, before), smem_bytes in zip(kernels, smem, strict=True):
+    for (name, after, before), smem_bytes in zip(kernels, smem, strict=False):
         registers = re.search(r"Used (\d+) registers", after)
         spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", after)
         instructions, labels = _instructions(after, name)
