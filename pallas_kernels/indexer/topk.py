@@ -74,7 +74,8 @@ def _kernel(scores_ref, visible_ref, out_ref, *, n: int, k: int, block: int):
     row = pl.program_id(0)
     column = jnp.arange(block, dtype=jnp.int32)  # [block]
     taking_part = column < jnp.minimum(visible_ref[row], n)  # [block]
-    score = plgpu.load(scores_ref.at[row, pl.ds(0, block)], mask=taking_part, other=0.0)  # [block]
+    # By column numbers and not by slices: since jax 0.12 a slice may not reach past the end, masked or not.
+    score = plgpu.load(scores_ref.at[row, column], mask=taking_part, other=0.0)  # [block]
     key = _ordered(score, taking_part)  # [block]
     threshold = _kth_largest(key, k)
     above = key > threshold  # [block]
@@ -93,7 +94,8 @@ def _kernel(scores_ref, visible_ref, out_ref, *, n: int, k: int, block: int):
     slots = min(block, pl.next_power_of_2(k))
     for start in range(0, k, slots):
         at = start + jnp.arange(slots, dtype=jnp.int32)
-        plgpu.store(out_ref.at[row, pl.ds(start, slots)], jnp.full(slots, -1, jnp.int32), mask=(at >= found) & (at < k))
+        missing = (at >= found) & (at < k)
+        plgpu.store(out_ref.at[row, jnp.where(missing, at, k)], jnp.full(slots, -1, jnp.int32), mask=missing)
 
 
 def _ordered(score: jax.Array, taking_part: jax.Array) -> jax.Array:
