@@ -15,6 +15,7 @@ EPS20 = golden.replace(norm_eps=1e-20)
 BF16 = golden.replace(precision="bf16")
 run_gate, run = (jax.jit(f, static_argnums=1) for f in (gate, forward))
 run_conv = jax.jit(forward_conv, static_argnums=1)
+PAPER_LIMIT = 2e-6  # of the convolution form; seen: 7e-7 with jax 0.11.2, 1.7e-6 with 0.12.0.1
 
 
 def close(got, want, limit=1e-6):
@@ -80,9 +81,9 @@ def test_golden_paper_form():
     params = golden.paper_params()
     gates, value = run_gate(params, PAPER, x, e)
     close(gates, G["p_gate"])
-    close(gates[..., None] * value[..., None, :], G["p_gated"])
+    close(gates[..., None] * value[..., None, :], G["p_gated"], PAPER_LIMIT)
     out, rows = run_conv(params, PAPER, x, e, init_conv(PAPER, 2))
-    close(out, G["p_out"])
+    close(out, G["p_out"], PAPER_LIMIT)
     close(out - x, G["p_gated"] + G["p_conv_out"], 2e-6)
     assert rows.shape == x.shape and PAPER.conv_rows == 9 and PAPER.max_ngram == int(G["p_dilation"])
 
@@ -102,7 +103,7 @@ def test_paper_form_in_blocks():
         past = advance(past, rows, np.array(kept))
         done = done + np.array(kept, np.int32)
     assert done.tolist() == [13, 13]
-    close(out, G["p_out"])
+    close(out, G["p_out"], PAPER_LIMIT)
 
 
 def test_module_end_to_end():
@@ -131,7 +132,7 @@ def test_module_of_the_paper_form():
     module = Engram(PAPER, 0, params={k: jnp.asarray(v) for k, v in golden.paper_params().items()})
     x, e = paper_inputs()
     out, _ = nnx.jit(lambda m, x, e: m(x, e, init_conv(PAPER, 2)))(module, x, e)
-    close(out, G["p_out"])
+    close(out, G["p_out"], PAPER_LIMIT)
     fresh = Engram(PAPER, 1, rngs=nnx.Rngs(0))
     assert set(fresh.params) == set(PAPER.param_specs()) and not np.any(fresh.params["conv_weight"])
 
