@@ -1,4 +1,4 @@
-"""The two tables of implementations, best first. To add a kernel, add a row (docs/add-a-kernel.md).
+"""The two tables of implementations, best first. To add a kernel, add a row.
 
 The kernels are imported where they are used: loading Mosaic GPU takes longer than all the rest of `import mla_jax`.
 """

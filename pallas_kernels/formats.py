@@ -9,7 +9,7 @@ record of the format, one after the other, then padding:
 A token-major format has a single record, so its page is `[P, record bytes]`. MODEL1 has two records: values first,
 then scales. All integers are little-endian. An `e8m0` byte b stands for 2^(b - 127), 255 for NaN.
 
-To add a format, add one entry at the end of this file and list it in `FORMATS` (docs/add-a-format.md).
+To add a format, add one entry at the end of this file and list it in `FORMATS`.
 """
 
 from __future__ import annotations
