@@ -57,15 +57,18 @@ def build_token_map(tokenizer: Tokenizer | str | os.PathLike[str], expected_size
         `tokenizers`, than the model's.
       ImportError: the extra `engram` is missing.
     """
+    loaded: Tokenizer
     if isinstance(tokenizer, (str, os.PathLike)):
-        tokenizer = _tokenizers().Tokenizer.from_file(os.fspath(tokenizer))
+        loaded = _tokenizers().Tokenizer.from_file(os.fspath(tokenizer))
+    else:
+        loaded = tokenizer
     normalize = normalizer().normalize_str
     compressed: dict[str, int] = {}
-    token_map = np.empty(tokenizer.get_vocab_size(with_added_tokens=True), np.int32)  # [vocab]
+    token_map = np.empty(loaded.get_vocab_size(with_added_tokens=True), np.int32)  # [vocab]
     for token in range(len(token_map)):
-        text = tokenizer.decode([token], skip_special_tokens=False)
+        text = loaded.decode([token], skip_special_tokens=False)
         if _UNDECODABLE in text:
-            key = tokenizer.id_to_token(token)
+            key = loaded.id_to_token(token) or text
         else:
             key = normalize(text) or text
         token_map[token] = compressed.setdefault(key, len(compressed))
