@@ -12,7 +12,7 @@ import mla_jax
 from mla_jax import reference
 from tests import samples
 
-finite = st.floats(-80, 80, width=32)
+finite = st.floats(-80, 80, width=32, allow_subnormal=False)  # XLA may flush those to zero
 lse_values = finite | st.just(-np.inf)
 
 
