@@ -10,13 +10,13 @@ import mla_jax
 FORMATS = list(mla_jax.FORMATS.values())
 
 
-def rows(rng, *shape, fmt):
-    return jnp.asarray(rng.standard_normal((*shape, fmt.d_qk)), fmt.compute_dtype)
+def rows(rng, *shape, fmt, std=1.0):
+    return jnp.asarray(std * rng.standard_normal((*shape, fmt.d_qk)), fmt.compute_dtype)
 
 
-def random_cache(rng, fmt, pages, page_size, scale_rule=None):
+def random_cache(rng, fmt, pages, page_size, scale_rule=None, std=1.0):
     rule = scale_rule or "pow2"
-    return mla_jax.pack_kv(rows(rng, pages, page_size, fmt=fmt), fmt, scale_rule=rule)
+    return mla_jax.pack_kv(rows(rng, pages, page_size, fmt=fmt, std=std), fmt, scale_rule=rule)
 
 
 def poison(cache, used_slots):

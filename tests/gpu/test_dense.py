@@ -17,11 +17,10 @@ import numpy as np
 import pytest
 
 import mla_jax
-from tests.gpu import dense_cases
+from tests.gpu import cases, dense_cases
 from tests.gpu.dense_cases import Case
 
 SAMPLE = 25
-SM_SCALE = 0.07
 
 @functools.partial(jax.jit, static_argnames=("is_causal", "batch_invariant"))
 def mosaic(q, cache, block_table, cache_seqlens, *, is_causal=False, batch_invariant=False):
@@ -29,7 +28,7 @@ def mosaic(q, cache, block_table, cache_seqlens, *, is_causal=False, batch_invar
         cache_seqlens, s_q=q.shape[1], num_heads=q.shape[2], page_size=cache.page_size, batch_invariant=batch_invariant
     )
     return mla_jax.mla_decode(
-        q, cache, block_table, cache_seqlens, sm_scale=SM_SCALE, is_causal=is_causal, plan=plan,
+        q, cache, block_table, cache_seqlens, sm_scale=dense_cases.SM_SCALE, is_causal=is_causal, plan=plan,
         implementation="mosaic", return_lse=True,
     )  # fmt: skip
 
@@ -41,8 +40,8 @@ def check(case: Case):
     mixed[0] = 0 if case.b > 1 else mixed[0]
     for lengths in (np.full(case.b, case.s_k), mixed):
         args = dense_cases.build(case, lengths.astype(np.int32))
-        want = dense_cases.expected(**args, sm_scale=SM_SCALE, is_causal=case.is_causal)
-        dense_cases.assert_close(mosaic(**args, is_causal=case.is_causal), want)
+        want = dense_cases.expected(**args, sm_scale=dense_cases.SM_SCALE, is_causal=case.is_causal)
+        cases.assert_close(mosaic(**args, is_causal=case.is_causal), want)
 
 
 @pytest.mark.gpu
@@ -80,8 +79,8 @@ def test_integer_garbage(page_size):
     table[0, 1], table[1, 0], table[2, width // 2], table[3, :] = -1, 2**31 - 1, len(args["cache"].data), -(2**31)
     args["block_table"] = jnp.asarray(table)
     args["cache_seqlens"] = jnp.array([1500, 2**31 - 1, -1, 700, -(2**31), 2**30], jnp.int32)
-    want = dense_cases.expected(**args, sm_scale=SM_SCALE, is_causal=True)
-    dense_cases.assert_close(mosaic(**args, is_causal=True), want)
+    want = dense_cases.expected(**args, sm_scale=dense_cases.SM_SCALE, is_causal=True)
+    cases.assert_close(mosaic(**args, is_causal=True), want)
 
 
 @pytest.mark.gpu
@@ -127,9 +126,9 @@ def test_pool_beyond_int32_bytes(page_size):
     table = np.array(args["block_table"])
     in_pool = (table >= 0) & (table < len(small))
     table = np.where(in_pool, table + pages - len(small), -1)
-    want = dense_cases.expected(**args, sm_scale=SM_SCALE, is_causal=True)
+    want = dense_cases.expected(**args, sm_scale=dense_cases.SM_SCALE, is_causal=True)
     args |= {"cache": mla_jax.PagedKVCache(data, case.fmt, page_size), "block_table": jnp.asarray(table, jnp.int32)}
-    dense_cases.assert_close(mosaic(**args, is_causal=True), want)
+    cases.assert_close(mosaic(**args, is_causal=True), want)
 
 
 @pytest.mark.gpu
@@ -137,15 +136,15 @@ def test_stale_plan_gives_the_right_answer():
     case = dataclasses.replace(BASE, is_causal=False)
     lengths = np.array([1500, 3, 64, 1200, 0, 900], np.int32)
     args = dense_cases.build(case, lengths)
-    want = dense_cases.expected(**args, sm_scale=SM_SCALE, is_causal=False)
+    want = dense_cases.expected(**args, sm_scale=dense_cases.SM_SCALE, is_causal=False)
     run = jax.jit(
         lambda args, plan: mla_jax.mla_decode(
-            **args, sm_scale=SM_SCALE, plan=plan, implementation="mosaic", return_lse=True
+            **args, sm_scale=dense_cases.SM_SCALE, plan=plan, implementation="mosaic", return_lse=True
         )
     )
     for stale in ([0] * 6, [1, 1500, 1500, 64, 700, 2000], [2**31 - 1] * 6):
         plan = mla_jax.plan_decode(jnp.array(stale, jnp.int32), s_q=2, num_heads=16, page_size=64)
-        dense_cases.assert_close(run(args, plan), want)
+        cases.assert_close(run(args, plan), want)
 
 
 @pytest.mark.gpu

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 import mla_jax
-from tests.gpu import sparse_cases
+from tests.gpu import cases, sparse_cases
 from tests.gpu.sparse_cases import Case
 
 SAMPLE = 18
@@ -42,7 +42,7 @@ def mosaic(args, plan=None, batch_invariant=False):
 def check(case: Case):
     args = sparse_cases.build(case)
     got = mosaic(args, batch_invariant=case.batch_invariant)
-    sparse_cases.assert_close(got, sparse_cases.expected(**args))
+    cases.assert_close(got, sparse_cases.expected(**args))
 
 
 @pytest.mark.gpu
@@ -111,7 +111,7 @@ def test_pool_beyond_int32_bytes(fmt):
     named = (indices >= 0) & (indices < small.num_slots)
     indices = np.where(named, indices + (pages - small.num_pages) * small.page_size, -1).astype(np.int32)
     args |= {"cache": mla_jax.PagedKVCache(data, fmt, small.page_size), "indices": jnp.asarray(indices)}
-    sparse_cases.assert_close(mosaic(args), want)
+    cases.assert_close(mosaic(args), want)
 
 
 @pytest.mark.gpu
@@ -123,7 +123,7 @@ def test_stale_plan_gives_the_right_answer():
             100, batch=6, s_q=2, num_heads=16, topk_length=jnp.array(stale, jnp.int32), extra_topk=64,
             extra_topk_length=jnp.array(stale[::-1], jnp.int32),
         )  # fmt: skip
-        sparse_cases.assert_close(mosaic(args, plan), want)
+        cases.assert_close(mosaic(args, plan), want)
 
 
 @pytest.mark.gpu
