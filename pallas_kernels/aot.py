@@ -147,6 +147,9 @@ def _device(arch: str) -> Any:
     # Two architectures in a process die in ptxas: "SM version specified by .target is higher than ...".
     if _device.cache_info().currsize:
         raise RuntimeError(f"this process has compiled for another architecture than {arch}: use one process for each")
+    # The plugin asks for cuDNN and the driver before it registers itself, unless CUDA is not to run anything here.
+    if not jax.config.jax_platforms:
+        jax.config.update("jax_platforms", "cpu")
     try:
         topology = topologies.get_topology_desc(
             platform="cuda", target_config=_target_config(TARGETS[arch]), topology="1x1x1"
