@@ -43,11 +43,14 @@ class Target:
 
 @dataclasses.dataclass(frozen=True)
 class Implementation:
-    """One way to compute an op: `check(call, target, config)`, which may refuse, and `run(call, config, operands)`."""
+    """One way to compute an op.
+
+    `check(call, target, config)` may refuse; `run(call, target, config, operands)` computes.
+    """
 
     name: str
     check: Callable[[Any, Target, Any], None]
-    run: Callable[[Any, Any, Any], Any]
+    run: Callable[[Any, Target, Any, Any], Any]
     is_kernel: bool = False  # lowers for CUDA alone
 
 
@@ -157,7 +160,7 @@ def run(cuda: Choice, other: Choice, call: Any, operands: Any, config: Any) -> A
 
     def branch(choice: Choice):
         assert choice.implementation is not None
-        fn = functools.partial(choice.implementation.run, call, config)
+        fn = functools.partial(choice.implementation.run, call, choice.target, config)
         if choice.implementation.is_kernel:
             fn = functools.partial(_kernel, fn)
         return functools.partial(_widened, fn) if call.wide_out else fn

@@ -12,15 +12,15 @@ import jax.numpy as jnp
 from mla_jax import xla
 from mla_jax.calls import DenseCall, DenseOperands, Scope, SparseCall, SparseOperands
 from mla_jax.dispatch import Implementation, Target, check_cuda, check_tested_jax
-from pallas_kernels.schedule import plan_decode, plan_sparse_decode
+from pallas_kernels.schedule import num_sms, plan_decode, plan_sparse_decode
 
 
 def _not_in_this_version(kind: str):
     def check(call: Any, target: Target, config: Any) -> None:
         raise NotImplementedError(f"this version has no {kind} kernel for {call.op}")
 
-    def run(call: Any, config: Any, operands: Any) -> Any:
-        check(call, Target("cuda"), config)
+    def run(call: Any, target: Target, config: Any, operands: Any) -> Any:
+        check(call, target, config)
 
     return check, run
 
@@ -37,38 +37,46 @@ def _xla_options(call: DenseCall | SparseCall) -> dict[str, Any]:
 def _check_dense_mosaic(call: DenseCall, target: Target, config: Any) -> None:
     check_tested_jax()
     check_cuda(target)
+    assert target.capability is not None
     from pallas_kernels import dense_decode as dense_kernel
 
     dense_kernel.check_supported(
         q_dtype=call.fmt.compute_dtype, kv_dtype=call.fmt.storage_dtype, d_qk=call.fmt.d_qk, d_v=call.fmt.d_v,
         capability=target.capability,
     )  # fmt: skip
-    if config is not None and not isinstance(config, dense_kernel.DenseConfig):
-        raise ValueError(f"config is {config!r}; accepted by 'mosaic': None or a DenseConfig")
+    _check_config(config, dense_kernel.config_type(target.capability), target)
 
 
-def _dense_mosaic(call: DenseCall, config: Any, x: DenseOperands):
+def _check_config(config: Any, accepted: type, target: Target) -> None:
+    if config is not None and not isinstance(config, accepted):
+        raise ValueError(
+            f"config is {config!r}; accepted by 'mosaic' on {target}: None or a {accepted.__name__}"
+        )
+
+
+def _dense_mosaic(call: DenseCall, target: Target, config: Any, x: DenseOperands):
+    assert target.capability is not None
     plan = x.plan
     if plan is None:
         plan = plan_decode(
             x.cache_seqlens, s_q=call.s_q, num_heads=call.h, page_size=call.page_size,
-            batch_invariant=call.batch_invariant,
+            batch_invariant=call.batch_invariant, num_sms=num_sms(target.capability),
         )  # fmt: skip
     from pallas_kernels import dense_decode as dense_kernel
 
     return dense_kernel.dense_decode(
         x.q, x.cache.data, x.block_table, x.cache_seqlens, plan, x.sm_scale,
-        is_causal=call.is_causal, d_v=call.fmt.d_v, config=config,
+        is_causal=call.is_causal, d_v=call.fmt.d_v, config=config, capability=target.capability,
     )  # fmt: skip
 
 
-def _dense_xla(call: DenseCall, config: Any, x: DenseOperands):
+def _dense_xla(call: DenseCall, target: Target, config: Any, x: DenseOperands):
     return xla.dense(
         x.q, x.cache, x.block_table, x.cache_seqlens, x.sm_scale, is_causal=call.is_causal, **_xla_options(call)
     )
 
 
-def _sparse_xla(call: SparseCall, config: Any, x: SparseOperands):
+def _sparse_xla(call: SparseCall, target: Target, config: Any, x: SparseOperands):
     def scope(s: Scope):
         length = s.length
         if length is None:
@@ -86,11 +94,11 @@ def _check_sparse_mosaic(call: SparseCall, target: Target, config: Any) -> None:
     from pallas_kernels import sparse_decode as sparse_kernel
 
     sparse_kernel.check(call.fmt, call.extra_fmt, target.capability)
-    if config is not None and not isinstance(config, sparse_kernel.SparseConfig):
-        raise ValueError(f"config is {config!r}; accepted by 'mosaic': None or a SparseConfig")
+    _check_config(config, sparse_kernel.config_type(target.capability), target)
 
 
-def _sparse_mosaic(call: SparseCall, config: Any, x: SparseOperands):
+def _sparse_mosaic(call: SparseCall, target: Target, config: Any, x: SparseOperands):
+    assert target.capability is not None
     # A scope that can hold no keys, by its shapes, never reaches the kernel.
     main, *rest = [scope for scope in (x.main, x.extra) if scope is not None and not scope.names_no_keys]
     extra = rest[0] if rest else None
@@ -105,6 +113,7 @@ def _sparse_mosaic(call: SparseCall, config: Any, x: SparseOperands):
             extra_topk=0 if extra is None else extra.indices.shape[-1],
             extra_topk_length=None if extra is None else extra.length,
             batch_invariant=call.batch_invariant,
+            num_sms=num_sms(target.capability),
         )
     more: dict[str, Any] = {}
     if extra is not None:
@@ -119,7 +128,7 @@ def _sparse_mosaic(call: SparseCall, config: Any, x: SparseOperands):
 
     return sparse_kernel.sparse_decode(
         x.q, main.cache.data, main.cache.format, main.cache.page_size, main.indices, plan, x.sm_scale,
-        topk_length=main.length, attn_sink=x.attn_sink, config=config, **more,
+        topk_length=main.length, attn_sink=x.attn_sink, config=config, capability=target.capability, **more,
     )  # fmt: skip
 
 

@@ -1,11 +1,14 @@
 """Ahead-of-time compilation: every kernel to machine code without a GPU, and what the machine code says.
 
 `compile_report` lowers a function for an architecture, lets XLA and ptxas compile it, and reads registers, spills,
-shared memory, instruction counts and loops of each Mosaic kernel in it from what the compilers print. `configurations`
-lists every kernel configuration that ships; `mla-jax aot` and CI compile them all.
+shared memory, tensor memory, instruction counts and loops of each Mosaic kernel in it from what the compilers print.
+`configurations` lists every kernel configuration that ships; `mla-jax aot` and CI compile them all.
 
 Needs the CUDA plugin of jax and ptxas, not a driver (`pip install mla-jax[cuda13]` and the `aot` dependency group).
 One architecture a process: Mosaic GPU registers its ptxas pass for the first one it sees.
+
+Mosaic GPU lowers for compute capability 9.0 wherever it knows of no device, and such a kernel even compiles for another
+architecture: `compile_report` therefore asserts the capability that Mosaic saw, and the one that ptxas was given.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.mosaic.gpu import utils as mosaic_utils
 
 from pallas_kernels import mgpu
 
@@ -45,13 +49,15 @@ class Target:
 TARGETS = {
     "sm_90a": Target("NVIDIA H100 80GB HBM3", 9, 0, 132, 50 * 2**20, 80 * 2**30, 3_350_000_000_000, 1.98),
     "sm_100a": Target("NVIDIA B200", 10, 0, 148, 126 * 2**20, 180 * 2**30, 7_700_000_000_000, 1.965),
+    "sm_103a": Target("NVIDIA B300", 10, 3, 148, 126 * 2**20, 270 * 2**30, 7_700_000_000_000, 1.92),
 }
+MAX_TMEM_COLUMNS = 512  # of 128 lanes of 4 bytes: the tensor memory of an SM
 
 # ------------------------------------------------------------------------------------------------ what is reported
 
 MULTIPLY = ("HGMMA", "QGMMA", "UTCHMMA", "UTCQMMA", "HMMA")  # tensor core instructions
 COUNTED = (*MULTIPLY, "UTMALDG", "UTMASTG", "UBLKCP", "LDGSTS", "LDG", "STG", "LDS", "STS", "LDSM", "STSM", "LDL",
-           "STL", "MUFU", "FMUL", "FFMA", "FADD", "F2FP", "BAR", "SYNCS", "VOTE", "R2UR")  # fmt: skip
+           "STL", "LDTM", "STTM", "MUFU", "FMUL", "FFMA", "FADD", "F2FP", "BAR", "SYNCS", "VOTE", "R2UR")  # fmt: skip
 # Stack accesses a round that a loop with products may make. Most configurations have none; with pages of 16 tokens the
 # dense kernel has up to 14, and took 250.7 us where pages of 64 tokens took 248.0 (b=128, h=128, 4096 tokens, H200).
 # Pages that are copied row by row (61 tokens, say), where loads take longer than all else, have up to 28.
@@ -79,12 +85,13 @@ class Report:
 
     Attributes:
       kernel: the kernel's name.
-      arch: "sm_90a" or "sm_100a".
+      arch: a key of `TARGETS`; what ptxas compiled for.
       registers: a thread, at launch.
       spill_store_bytes, spill_load_bytes: a thread, over the whole kernel.
       smem_bytes: a CTA, without barriers.
+      tmem_columns: of tensor memory a CTA; 0 on SM90, which has none.
       instructions: in the whole kernel.
-      counts: of the instructions in `COUNTED`.
+      counts: of the instructions in `COUNTED`, and of TMA loads that gather rows ("GATHER4").
       loops: innermost loops of at least 16 instructions, in program order.
       warnings: what ptxas said beyond information.
     """
@@ -95,6 +102,7 @@ class Report:
     spill_store_bytes: int
     spill_load_bytes: int
     smem_bytes: int
+    tmem_columns: int
     instructions: int
     counts: dict[str, int]
     loops: tuple[Loop, ...]
@@ -107,6 +115,8 @@ class Report:
         ]
         if self.smem_bytes > mgpu.MAX_SMEM_BYTES:
             found.append(f"{self.smem_bytes} bytes of shared memory, more than {mgpu.MAX_SMEM_BYTES}")
+        if self.tmem_columns > MAX_TMEM_COLUMNS:
+            found.append(f"{self.tmem_columns} columns of tensor memory, more than {MAX_TMEM_COLUMNS}")
         for loop in self.loops:
             stores, loads = loop.counts.get("STL", 0), loop.counts.get("LDL", 0)
             if loop.multiplies and stores + loads > MAX_SPILLS_IN_LOOP:
@@ -133,6 +143,9 @@ def compile_report(fn: Callable, args: Sequence[Any], arch: str) -> tuple[Report
     sharding = jax.sharding.SingleDeviceSharding(device)
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tuple(args))
     with jax.default_device(device), _compiler_output() as read:
+        seen, wanted = tuple(mosaic_utils._infer_arch()), (TARGETS[arch].major, TARGETS[arch].minor)
+        if seen != wanted:  # the kernel would be lowered for another architecture, and nobody would notice
+            raise RuntimeError(f"Mosaic GPU lowers for compute capability {seen}, {arch} is {wanted}")
         jax.jit(fn).trace(*shapes).lower().compile()
         text = read()
     return tuple(_parse(text, arch))
@@ -239,15 +252,17 @@ def _compiler_output() -> Iterator[Callable[[], str]]:
 
 
 def _parse(text: str, arch: str) -> Iterator[Report]:
-    smem = [int(n) for n in re.findall(r"Resources\(smem_scratch_bytes=(\d+)", text)]
-    parts = re.split(r"Compiling entry function '(\w+)'", text)
-    # parts: what came before the first kernel, then a name and what follows it, for each. The warnings come before.
-    kernels = list(zip(parts[1::2], parts[2::2], parts[0::2], strict=False))
+    scratch = re.findall(r"Resources\(smem_scratch_bytes=(\d+)(?:, tmem_scratch_cols=(\d+))?", text)
+    parts = re.split(r"Compiling entry function '(\w+)' for '(\w+)'", text)
+    # parts: what came before the first kernel, then name, target and what follows, for each. Warnings come before.
+    kernels = list(zip(parts[1::3], parts[2::3], parts[3::3], parts[0::3], strict=False))
     # jax 0.12 does not compile a kernel again that this process has compiled (such as the combine kernel, which comes
     # last): it was reported then.
-    if not 0 < len(kernels) <= len(smem):
-        raise RuntimeError(f"{len(smem)} kernels were lowered, {len(kernels)} compiled: cannot read ptxas' output")
-    for (name, after, before), smem_bytes in zip(kernels, smem, strict=False):
+    if not 0 < len(kernels) <= len(scratch):
+        raise RuntimeError(f"{len(scratch)} kernels were lowered, {len(kernels)} compiled: cannot read ptxas' output")
+    for (name, target, after, before), (smem_bytes, tmem_columns) in zip(kernels, scratch, strict=False):
+        if target != arch:
+            raise RuntimeError(f"{name} was compiled for {target}, not for {arch}")
         registers = re.search(r"Used (\d+) registers", after)
         spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", after)
         instructions, labels = _instructions(after, name)
@@ -261,7 +276,8 @@ def _parse(text: str, arch: str) -> Iterator[Report]:
             registers=int(registers[1]),
             spill_store_bytes=int(spills[1]),
             spill_load_bytes=int(spills[2]),
-            smem_bytes=smem_bytes,
+            smem_bytes=int(smem_bytes),
+            tmem_columns=int(tmem_columns or 0),
             instructions=len(instructions),
             counts=_count(instructions),
             loops=tuple(_innermost_loops(instructions, labels)),
@@ -311,29 +327,31 @@ def _always_run(instructions: list[str], labels: dict[str, int], begin: int, end
 def _count(instructions: Sequence[str]) -> dict[str, int]:
     names = (re.sub(r"^@!?U?P\w+\s+", "", text).split()[0].split(".")[0] for text in instructions)
     found = collections.Counter(name for name in names if name in COUNTED)
-    return {name: found[name] for name in COUNTED if found[name]}
+    found["GATHER4"] = sum("UTMALDG" in text and "GATHER4" in text for text in instructions)
+    return {name: found[name] for name in (*COUNTED, "GATHER4") if found[name]}
 
 
 # ------------------------------------------------------------------------------------------------ what ships
 
-KERNELS: dict[str, tuple[str, ...]] = {
-    "sm_90a": ("pallas_kernels.dense_decode.aot_cases", "pallas_kernels.sparse_decode.aot_cases"),
-    "sm_100a": (),
-}
-"""Modules with a function `configurations() -> {name: (function, arguments)}`, by architecture."""
+KERNELS = ("pallas_kernels.dense_decode.aot_cases", "pallas_kernels.sparse_decode.aot_cases")
+"""Modules with a function `configurations(arch) -> {name: (function, arguments)}`: what an op ships for `arch`."""
 
 
 def configurations(arch: str) -> dict[str, tuple[Callable, tuple[Any, ...]]]:
     """Every kernel configuration that ships for `arch`: name -> (function, arguments), for `compile_report`."""
-    if arch not in KERNELS:
-        raise ValueError(f"arch is {arch!r}; accepted: {', '.join(KERNELS)}")
+    if arch not in TARGETS:
+        raise ValueError(f"arch is {arch!r}; accepted: {', '.join(TARGETS)}")
     found: dict[str, tuple[Callable, tuple[Any, ...]]] = {}
-    for name in KERNELS[arch]:
-        found |= importlib.import_module(name).configurations()
+    for name in KERNELS:
+        found |= importlib.import_module(name).configurations(arch)
     return found
+
+
+def capability(arch: str) -> tuple[int, int]:
+    """The compute capability of `arch`, by which an op package picks its kernel."""
+    return TARGETS[arch].major, TARGETS[arch].minor
 
 
 def shape(*extents: int, dtype: Any = jnp.bfloat16) -> jax.ShapeDtypeStruct:
     """Shorthand for the modules in `KERNELS`."""
     return jax.ShapeDtypeStruct(extents, dtype)
-

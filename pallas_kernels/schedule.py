@@ -30,6 +30,7 @@ import jax.numpy as jnp
 BLOCK_TOKENS = 64
 TILE_ROWS = 64  # query rows (s_q * heads) of one CTA of the dense kernel
 H100_SMS = 132  # H100 SXM and H200; a plan for fewer SMs than the GPU has is correct, only slower
+B200_SMS = 148  # B200 and B300
 
 # What a piece costs beside its blocks (prologue, epilogue), in blocks. FlashMLA's scheduler uses the same figure; the
 # prototype's epilogue and prologue took 4 to 6 block times on an H100.
@@ -99,6 +100,11 @@ class SplitPlan:
         ]
         if wrong:
             raise ValueError(f"plan does not fit this call: it was made for {', '.join(wrong)}")
+
+
+def num_sms(capability: tuple[int, int]) -> int:
+    """Multiprocessors of the data-centre GPUs of a compute capability."""
+    return B200_SMS if capability[0] == 10 else H100_SMS
 
 
 def plan_decode(

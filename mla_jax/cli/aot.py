@@ -8,7 +8,8 @@ import sys
 from mla_jax.cli import CommandError
 from mla_jax.cli.table import print_table
 
-COLUMNS = ("configuration", "kernel", "registers", "spill st/ld B", "SMEM B", "instructions", "matrix", "TMA", "loops")
+COLUMNS = ("configuration", "kernel", "registers", "spill st/ld B", "SMEM B", "TMEM columns", "instructions",
+           "matrix", "TMA", "of them gather4", "loops")  # fmt: skip
 
 
 def register(subparsers: argparse._SubParsersAction) -> None:
@@ -16,10 +17,10 @@ def register(subparsers: argparse._SubParsersAction) -> None:
         "aot",
         help="compile every kernel without a GPU and check the machine code",
         description="Exits with 1 when a kernel does not compile, spills too much in a loop that multiplies, has its "
-        "matrix instructions serialised, or wants more shared memory than there is. Needs JAX's CUDA plugin, ptxas and "
-        "nvdisasm, but no GPU: uv run --group aot mla-jax aot",
+        "matrix instructions serialised, or wants more shared or tensor memory than there is. Needs JAX's CUDA plugin, "
+        "ptxas and nvdisasm, but no GPU: uv run --group aot mla-jax aot",
     )
-    parser.add_argument("--arch", default="sm_90a", help="architecture (default sm_90a)")
+    parser.add_argument("--arch", default="sm_90a", help="sm_90a (default), sm_100a or sm_103a: one a process")
     parser.add_argument("--filter", default="", metavar="TEXT", help="only configurations whose name contains TEXT")
     parser.add_argument("--list", action="store_true", help="print the configurations' names and stop")
     parser.set_defaults(run=run)
@@ -63,8 +64,10 @@ def _row(report) -> tuple[str, ...]:
         str(report.registers),
         f"{report.spill_store_bytes}/{report.spill_load_bytes}",
         str(report.smem_bytes),
+        str(report.tmem_columns),
         str(report.instructions),
         str(sum(report.counts.get(op, 0) for op in aot.MULTIPLY)),
         str(sum(report.counts.get(op, 0) for op in ("UTMALDG", "UTMASTG", "UBLKCP"))),
+        str(report.counts.get("GATHER4", 0)),
         " ".join(str(loop.instructions) for loop in report.loops) or "-",
     )

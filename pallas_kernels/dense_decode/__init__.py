@@ -1,17 +1,23 @@
-"""Dense (bf16, paged) MLA decode kernels: one module an architecture, `dense_decode` picks."""
+"""Dense (bf16, paged) MLA decode: one kernel a GPU architecture.
+
+`dense_decode` picks (pallas_kernels/architectures.py).
+"""
 
 from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import architectures
 from pallas_kernels.dense_decode.config import DenseConfig as DenseConfig
 from pallas_kernels.dense_decode.config import choose_config as choose_config
 
 D_QK = (576, 512)
 D_V = 512
-CAPABILITIES = ((9, 0),)
-"""Compute capabilities that a kernel exists for."""
+MODULES = {9: "sm90"}
+"""Major compute capability -> module."""
+CONFIGS = {"sm90": DenseConfig}
+"""Module -> type of its `config`."""
 
 
 def check_supported(
@@ -28,15 +34,18 @@ def check_supported(
         raise NotImplementedError(
             f"the dense Mosaic kernel takes d_qk in {D_QK} and d_v {D_V}, got d_qk={d_qk}, d_v={d_v}"
         )
-    if capability is not None and tuple(capability) not in CAPABILITIES:
-        accepted = ", ".join(f"{major}.{minor}" for major, minor in CAPABILITIES)
-        raise NotImplementedError(
-            f"the dense Mosaic kernel exists for compute capability {accepted}, not for {capability[0]}.{capability[1]}"
-        )
+    if capability is not None:
+        architectures.module_name(MODULES, capability, "dense")
 
 
-def dense_decode(q, kv, block_table, cache_seqlens, plan, sm_scale, **options) -> tuple[jax.Array, jax.Array]:
-    """`sm90.dense_decode`, imported when it is first called: Mosaic GPU takes a while to load."""
-    from pallas_kernels.dense_decode import sm90
+def config_type(capability: tuple[int, int]) -> type:
+    """What `config` of `dense_decode` must be on such a GPU."""
+    return CONFIGS[architectures.module_name(MODULES, capability, "dense")]
 
-    return sm90.dense_decode(q, kv, block_table, cache_seqlens, plan, sm_scale, **options)
+
+def dense_decode(
+    q, kv, block_table, cache_seqlens, plan, sm_scale, *, capability: tuple[int, int], **options
+) -> tuple[jax.Array, jax.Array]:
+    """`dense_decode` of the module for `capability`, the compute capability that is compiled for."""
+    kernel = architectures.module(__name__, MODULES, capability, "dense")
+    return kernel.dense_decode(q, kv, block_table, cache_seqlens, plan, sm_scale, **options)

@@ -12,14 +12,16 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from pallas_kernels import schedule
-from pallas_kernels.aot import shape
-from pallas_kernels.dense_decode import sm90
+from pallas_kernels import dense_decode, schedule
+from pallas_kernels.aot import capability, shape
 
 
-def configurations() -> dict[str, tuple[Callable, tuple[Any, ...]]]:
-    """name -> (function, arguments)."""
-    cases = {
+def configurations(arch: str) -> dict[str, tuple[Callable, tuple[Any, ...]]]:
+    """name -> (function, arguments), for an architecture of `aot.TARGETS`; none where no kernel ships."""
+    if capability(arch)[0] not in dense_decode.MODULES:
+        return {}
+    _case = functools.partial(_call, capability(arch))
+    return {
         "dense": _case(),
         "dense-causal": _case(s_q=2, is_causal=True),
         "dense-d512": _case(d_qk=512),
@@ -31,13 +33,16 @@ def configurations() -> dict[str, tuple[Callable, tuple[Any, ...]]]:
         "dense-page61-causal": _case(s_q=2, page_size=61, is_causal=True),
         "dense-contiguous": _case(page_size=1024, has_table=False),
     }
-    return cases
 
 
-def _case(*, batch=4, s_q=1, heads=128, d_qk=576, page_size=64, is_causal=False, has_table=True):
+def _call(capability, *, batch=4, s_q=1, heads=128, d_qk=576, page_size=64, is_causal=False, has_table=True):
     def call(q, kv, block_table, cache_seqlens, sm_scale):
-        plan = schedule.plan_decode(cache_seqlens, s_q=s_q, num_heads=heads, page_size=page_size)
-        return sm90.dense_decode(q, kv, block_table, cache_seqlens, plan, sm_scale, is_causal=is_causal, d_v=512)
+        plan = schedule.plan_decode(
+            cache_seqlens, s_q=s_q, num_heads=heads, page_size=page_size, num_sms=schedule.num_sms(capability)
+        )
+        return dense_decode.dense_decode(
+            q, kv, block_table, cache_seqlens, plan, sm_scale, is_causal=is_causal, d_v=512, capability=capability
+        )
 
     i32 = functools.partial(shape, dtype=jnp.int32)
     return call, (

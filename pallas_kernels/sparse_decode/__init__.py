@@ -1,11 +1,21 @@
-"""Token-level sparse MLA decode: one kernel a GPU architecture (docs/sparse-decode.md)."""
+"""Token-level sparse MLA decode: one kernel a GPU architecture.
 
+`sparse_decode` picks (pallas_kernels/architectures.py); docs/sparse-decode.md describes the SM90 kernel.
+"""
+
+from __future__ import annotations
+
+import jax
+
+from pallas_kernels import architectures
 from pallas_kernels.formats import KVFormat
 from pallas_kernels.sparse_decode import config as _config
-from pallas_kernels.sparse_decode.config import SparseConfig
-from pallas_kernels.sparse_decode.sm90 import sparse_decode
+from pallas_kernels.sparse_decode.config import SparseConfig as SparseConfig
 
-__all__ = ["SparseConfig", "check", "sparse_decode"]
+MODULES = {9: "sm90"}
+"""Major compute capability -> module."""
+CONFIGS = {"sm90": SparseConfig}
+"""Module -> type of its `config`."""
 
 
 def check(fmt: KVFormat, extra_fmt: KVFormat | None, capability: tuple[int, int]) -> None:
@@ -15,10 +25,17 @@ def check(fmt: KVFormat, extra_fmt: KVFormat | None, capability: tuple[int, int]
       fmt, extra_fmt: formats of the main and the extra cache (None without one).
       capability: CUDA compute capability of the device that is compiled for.
     """
-    if capability != (9, 0):
-        raise NotImplementedError(
-            f"the sparse kernel uses wgmma, which needs compute capability 9.0; this is {capability[0]}.{capability[1]}"
-        )
+    architectures.module_name(MODULES, capability, "sparse")
     for scope_fmt in (fmt, extra_fmt):
         if scope_fmt is not None and (reason := _config.unsupported(scope_fmt)):
             raise NotImplementedError(reason)
+
+
+def config_type(capability: tuple[int, int]) -> type:
+    """What `config` of `sparse_decode` must be on such a GPU."""
+    return CONFIGS[architectures.module_name(MODULES, capability, "sparse")]
+
+
+def sparse_decode(*args, capability: tuple[int, int], **options) -> tuple[jax.Array, jax.Array]:
+    """`sparse_decode` of the module for `capability`, the compute capability that is compiled for."""
+    return architectures.module(__name__, MODULES, capability, "sparse").sparse_decode(*args, **options)

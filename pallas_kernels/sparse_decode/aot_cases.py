@@ -12,14 +12,16 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from pallas_kernels import schedule
-from pallas_kernels.aot import shape
+from pallas_kernels import schedule, sparse_decode
+from pallas_kernels.aot import capability, shape
 from pallas_kernels.formats import BF16_512, BF16_576, MODEL1, V32, KVFormat
-from pallas_kernels.sparse_decode import sm90
 
 
-def configurations() -> dict[str, tuple[Callable, tuple[Any, ...]]]:
-    """name -> (function, arguments)."""
+def configurations(arch: str) -> dict[str, tuple[Callable, tuple[Any, ...]]]:
+    """name -> (function, arguments), for an architecture of `aot.TARGETS`; none where no kernel ships."""
+    if capability(arch)[0] not in sparse_decode.MODULES:
+        return {}
+    _case = functools.partial(_call, capability(arch))
     return {
         "sparse-v32-h128": _case(V32, None, 128),
         "sparse-model1-model1-h64": _case(MODEL1, MODEL1, 64),
@@ -30,22 +32,26 @@ def configurations() -> dict[str, tuple[Callable, tuple[Any, ...]]]:
     }
 
 
-def _case(fmt: KVFormat, extra_fmt: KVFormat | None, heads: int) -> tuple[Callable, tuple[Any, ...]]:
+def _call(
+    capability: tuple[int, int], fmt: KVFormat, extra_fmt: KVFormat | None, heads: int
+) -> tuple[Callable, tuple[Any, ...]]:
     batch, s_q, pages, topk, extra_topk = 4, 2, 64, 300, 130
     page_size, extra_page_size = 64, 2
 
     def call(q, data, indices, length, sm_scale, attn_sink, *extra):
         plan = schedule.plan_sparse_decode(
-            topk, batch=batch, s_q=s_q, num_heads=heads, topk_length=length, extra_topk=extra_topk if extra else 0
-        )
+            topk, batch=batch, s_q=s_q, num_heads=heads, topk_length=length, extra_topk=extra_topk if extra else 0,
+            num_sms=schedule.num_sms(capability),
+        )  # fmt: skip
         more = {}
         if extra:
             more = dict(
                 extra_data=extra[0], extra_fmt=extra_fmt, extra_page_size=extra_page_size, extra_indices=extra[1]
             )
-        return sm90.sparse_decode(
-            q, data, fmt, page_size, indices, plan, sm_scale, topk_length=length, attn_sink=attn_sink, **more
-        )
+        return sparse_decode.sparse_decode(
+            q, data, fmt, page_size, indices, plan, sm_scale, topk_length=length, attn_sink=attn_sink,
+            capability=capability, **more,
+        )  # fmt: skip
 
     def cache(scope: KVFormat, size: int):
         return shape(pages, *scope.page_shape(size), dtype=scope.storage_dtype)

@@ -9,7 +9,8 @@ from pallas_kernels import aot
 
 GOOD = aot.Report(
     kernel="decode", arch="sm_90a", registers=168, spill_store_bytes=8, spill_load_bytes=4, smem_bytes=1000,
-    instructions=500, counts={"HGMMA": 40, "UTMALDG": 3, "LDL": 1}, loops=(aot.Loop(200, {"HGMMA": 20}),), warnings=(),
+    tmem_columns=0, instructions=500, counts={"HGMMA": 40, "UTMALDG": 3, "LDL": 1},
+    loops=(aot.Loop(200, {"HGMMA": 20}),), warnings=(),
 )  # fmt: skip
 SPILLS = aot.MAX_SPILLS_IN_LOOP + 1
 SPILLING = dataclasses.replace(GOOD, kernel="combine", loops=(aot.Loop(300, {"HGMMA": 20, "STL": SPILLS}),))
@@ -38,7 +39,7 @@ def test_good_kernels(compiles, capsys):
     out = capsys.readouterr().out
     assert "2 kernels, no problem" in out
     (row,) = (line.split() for line in out.splitlines() if line.startswith("dense"))
-    assert row == ["dense", "decode", "168", "8/4", "1000", "500", "40", "3", "200"]
+    assert row == ["dense", "decode", "168", "8/4", "1000", "0", "500", "40", "3", "0", "200"]
 
 
 def test_spills_fail(compiles, capsys):

@@ -12,7 +12,7 @@ import sys
 
 import pytest
 
-from pallas_kernels import aot, mgpu
+from pallas_kernels import aot, dense_decode, mgpu
 from pallas_kernels.dense_decode import DenseConfig, sm90
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -122,3 +122,29 @@ def test_shared_memory_plan_fits(d_qk):
 def test_config_refuses_what_would_hang(options, text):
     with pytest.raises(ValueError, match=text):
         DenseConfig(**options)
+
+
+def test_every_architecture_has_its_kernels():
+    for arch in aot.TARGETS:
+        names = set(aot.configurations(arch))
+        assert bool(names) == (aot.capability(arch)[0] in dense_decode.MODULES)
+
+
+def test_another_architecture_is_noticed():
+    with pytest.raises(RuntimeError, match="was compiled for sm_90a, not for sm_100a"):
+        list(aot._parse("Resources(smem_scratch_bytes=1024, x)\n" + SASS, "sm_100a"))
+
+
+def test_tensor_memory_is_reported():
+    text = "Resources(smem_scratch_bytes=1024, tmem_scratch_cols=520, x)\n" + SASS.replace("{body}", "")
+    (report,) = aot._parse(text, "sm_90a")
+    assert report.tmem_columns == 520
+    assert any("520 columns of tensor memory" in problem for problem in report.problems())
+
+
+@pytest.mark.parametrize(
+    ("capability", "text"), [((8, 0), "lacks wgmma"), ((12, 0), "tcgen05"), ((6, 1), "this is 6.1")]
+)
+def test_other_gpus_are_refused_with_the_reason(capability, text):
+    with pytest.raises(NotImplementedError, match=text):
+        dense_decode.config_type(capability)
