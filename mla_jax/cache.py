@@ -16,6 +16,7 @@ from jax import lax
 
 from mla_jax import checks
 from mla_jax.quantize import ScaleRule, check_scale_rule, decode_rows, encode_rows
+from pallas_kernels import load_runtime
 from pallas_kernels.formats import FORMATS, KVFormat
 
 if TYPE_CHECKING:
@@ -100,6 +101,7 @@ def _serialize_aux(aux) -> bytes:
 
 
 def _deserialize_aux(aux: bytes):
+    load_runtime()  # an exported function that takes a cache may hold kernels
     name, page_size = aux.decode().rsplit("/", 1)
     if name not in FORMATS:
         raise ValueError(f"the serialised cache has format {name!r}; this version knows {', '.join(FORMATS)}")

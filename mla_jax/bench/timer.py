@@ -35,6 +35,7 @@ from jax.experimental import serialize_executable
 from mla_jax.bench import cupti
 from mla_jax.bench.inputs import Inputs, abstract, call
 from mla_jax.bench.workloads import Append, Plan, Workload
+from pallas_kernels import load_runtime
 
 MIN_CALLS = 20
 _FLUSH_BYTES = 1 << 30  # written between isolated calls: far more than any L2
@@ -103,6 +104,7 @@ class CompiledChain:
 
 def deserialize_chain(workload: Workload, serialized: bytes) -> CompiledChain:
     """A chain that another process compiled for this workload."""
+    load_runtime()
     (calls, sets, linked), (payload, in_tree, out_tree) = pickle.loads(serialized)
     loaded = serialize_executable.deserialize_and_load(
         payload, in_tree, out_tree, execution_devices=jax.devices()[:1]

@@ -148,3 +148,19 @@ def test_tensor_memory_is_reported():
 def test_other_gpus_are_refused_with_the_reason(capability, text):
     with pytest.raises(NotImplementedError, match=text):
         dense_decode.config_type(capability)
+
+
+def test_loading_an_exported_step_prepares_the_runtime():
+    """Where JAX has a CUDA plugin, deserialising a function of a cache makes Mosaic's runtime library known."""
+    code = (
+        "import jax, os, sys, mla_jax; from jax import export\n"
+        "assert 'jax.experimental.mosaic.gpu' not in sys.modules\n"
+        "cache = mla_jax.PagedKVCache.zeros(mla_jax.V32, 2, 4)\n"
+        "exported = export.deserialize(export.export(jax.jit(lambda c: c.data))(cache).serialize())\n"
+        "exported.call(cache)\n"
+        "print('MOSAIC_GPU_RUNTIME_LIB_PATH' in os.environ)\n"
+    )
+    has_plugin = any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13))
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    child = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=300)
+    assert child.stdout.strip() == str(has_plugin), child.stderr[-2000:]
