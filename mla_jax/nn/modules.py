@@ -6,29 +6,41 @@ Caches stay outside: explicit pytrees that go in and come out, so that a step ca
 from __future__ import annotations
 
 import os
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import jax
 from flax import nnx
 
 from mla_jax.nn import model1, v32, weights
 from mla_jax.nn.config import Model1Config, V32Config
+from mla_jax.sharding import DecodeSharding, ModuleSharding
 
 
 class _Attention(nnx.Module):
     """What both modules share: parameters from an `nnx.Rngs`, from arrays, or from a checkpoint."""
 
+    _functions: ClassVar[Any]  # the module of pure functions
     config: Any
     layer: int
+    sharding: DecodeSharding | None
 
     def __init__(
-        self, config: Any, layer: int = 0, *, rngs: nnx.Rngs | None = None, params: weights.Params | None = None
+        self,
+        config: Any,
+        layer: int = 0,
+        *,
+        rngs: nnx.Rngs | None = None,
+        params: weights.Params | None = None,
+        sharding: DecodeSharding | None = None,
     ):
         """One layer of `config`, with random parameters (`rngs`) or given ones (`params`).
 
+        With `sharding` the layer runs over that mesh, data and head parallel, its parameters and the caches that it
+        makes placed there (`mla_jax.sharding.ModuleSharding`).
+
         Raises:
-          ValueError: not exactly one of `rngs` and `params`, parameters of other names, shapes or dtypes, or no such
-            layer.
+          ValueError: not exactly one of `rngs` and `params`, parameters of other names, shapes or dtypes, no such
+            layer, or a mesh that the config does not divide over.
         """
         if (rngs is None) == (params is None):
             raise ValueError("give either rngs (random parameters) or params")
@@ -38,55 +50,70 @@ class _Attention(nnx.Module):
             params = weights.init_params(config, layer, rngs.params())
         if {k: (v.shape, v.dtype) for k, v in params.items()} != {k: (v.shape, v.dtype) for k, v in specs.items()}:
             raise ValueError(f"params do not fit layer {layer}; accepted: {specs}")
-        self.config, self.layer = config, layer
+        self.config, self.layer, self.sharding = config, layer, sharding
+        if sharding is not None:
+            params = ModuleSharding(config, sharding).place_params(params)
         for name, value in params.items():
             setattr(self, name, nnx.Param(value))
 
     @classmethod
     def from_checkpoint(
-        cls, config: Any, layer: int, path: str | os.PathLike[str], *, prefix: str | None = None
+        cls, config: Any, layer: int, path: str | os.PathLike[str], *, prefix: str | None = None, **options: Any
     ) -> Self:
-        """Parameters from safetensors files; see `mla_jax.nn.weights.load_layer`."""
-        return cls(config, layer, params=weights.load_layer(config, layer, path, prefix=prefix))
+        """Parameters from safetensors files; see `mla_jax.nn.weights.load_layer`. `options`: of the constructor."""
+        return cls(config, layer, params=weights.load_layer(config, layer, path, prefix=prefix), **options)
 
     @property
     def params(self) -> weights.Params:
         """The parameters as the pure functions take them."""
         return {name: getattr(self, name)[...] for name in weights.param_specs(self.config, self.layer)}
 
+    def _init_cache(self, *args: Any, **options: Any) -> Any:
+        if self.sharding is not None:
+            return ModuleSharding(self.config, self.sharding).init_cache(*args, **options)
+        return self._functions.init_cache(self.config, *args, **options)
+
+    def _run(self, name: str, *args: Any, **options: Any) -> Any:
+        """The module's function of that name, on the mesh if there is one."""
+        if self.sharding is not None:
+            return getattr(ModuleSharding(self.config, self.sharding), name)(self.params, *args, **options)
+        return getattr(self._functions, name)(self.params, self.config, *args, **options)
+
 
 class V32Attention(_Attention):
     """Attention of DeepSeek-V3.2 or, with `index_topk=0`, of DeepSeek-V3: `mla_jax.nn.v32` with parameters bound."""
 
     config: V32Config
+    _functions = v32
 
     def init_cache(self, num_pages: int, page_size: int = 64, **options: Any) -> v32.V32Cache:
         """Caches of all layers of the config; see `v32.init_cache`."""
-        return v32.init_cache(self.config, num_pages, page_size, **options)
+        return self._init_cache(num_pages, page_size, **options)
 
     def prefill(
         self, x: jax.Array, cache: v32.V32Cache, block_table: jax.Array, lengths: jax.Array, *args: Any, **options: Any
     ) -> tuple[jax.Array, v32.V32Cache]:
         """See `v32.prefill`."""
         options.setdefault("layer", self.layer)
-        return v32.prefill(self.params, self.config, cache, x, block_table, lengths, *args, **options)
+        return self._run("prefill", cache, x, block_table, lengths, *args, **options)
 
     def decode(
         self, x: jax.Array, cache: v32.V32Cache, block_table: jax.Array, cache_seqlens: jax.Array, **options: Any
     ) -> tuple[jax.Array, v32.V32Cache]:
         """See `v32.decode`."""
         options.setdefault("layer", self.layer)
-        return v32.decode(self.params, self.config, cache, x, block_table, cache_seqlens, **options)
+        return self._run("decode", cache, x, block_table, cache_seqlens, **options)
 
 
 class Model1Attention(_Attention):
     """Attention of DeepSeek-V4: `mla_jax.nn.model1` with one layer's parameters bound."""
 
     config: Model1Config
+    _functions = model1
 
     def init_cache(self, **options: Any) -> model1.Model1Cache:
         """Caches of all layers of the config; see `model1.init_cache`."""
-        return model1.init_cache(self.config, **options)
+        return self._init_cache(**options)
 
     def prefill(
         self,
@@ -99,7 +126,7 @@ class Model1Attention(_Attention):
     ) -> tuple[jax.Array, model1.Model1Cache]:
         """See `model1.prefill`."""
         options.setdefault("layer", self.config.layers[self.layer])
-        return model1.prefill(self.params, self.config, cache, x, tables, lengths, *args, **options)
+        return self._run("prefill", cache, x, tables, lengths, *args, **options)
 
     def decode(
         self,
@@ -111,4 +138,4 @@ class Model1Attention(_Attention):
     ) -> tuple[jax.Array, model1.Model1Cache]:
         """See `model1.decode`."""
         options.setdefault("layer", self.config.layers[self.layer])
-        return model1.decode(self.params, self.config, cache, x, tables, cache_seqlens, **options)
+        return self._run("decode", cache, x, tables, cache_seqlens, **options)

@@ -24,6 +24,10 @@ from pallas_kernels.formats import BF16, E4M3, E8M0, F32
 
 Params = dict[str, jax.Array]
 
+HEAD_AXIS = {"wq_b": 0, "w_uk": 0, "w_uv": 0, "wo": 1, "sink": 0, "wo_a": 0, "wo_b": 1}
+"""The parameters that belong to heads (or the output's groups of heads), and the axis that counts them. Where heads are
+spread over devices these are cut; all others are copied."""
+
 SCALE_BLOCK = 128  # rows and columns that share a scale in an FP8 checkpoint
 
 

@@ -27,13 +27,11 @@ from mla_jax.lse import merge_partials
 from mla_jax.nn import model1, rope, v32, weights
 from mla_jax.nn.config import Model1Config, V32Config
 from mla_jax.nn.layers import project, rms_norm
+from mla_jax.nn.weights import HEAD_AXIS
 from mla_jax.sharding import DecodeSharding
 
 Kind = Literal["v3", "v32", "model1"]
 Params = dict[str, Any]
-
-# Parameters that belong to heads, and their axis of heads; the others are copied to every device.
-_HEAD_AXIS = {"wq_b": 0, "w_uk": 0, "w_uv": 0, "wo": 1, "sink": 0, "wo_a": 0, "wo_b": 1}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,7 +125,7 @@ def init_params(config: ModelConfig, ds: DecodeSharding, seed: int = 0) -> Param
     if ds.num_heads > 1 and config.num_heads % ds.num_heads:
         raise ValueError(f"num_heads={config.num_heads}; accepted: a multiple of {ds.num_heads}, the heads axis")
     placed = {
-        name: ds.sharding(P(*[None] * (_HEAD_AXIS[name] + 1), ds.heads)) if name in _HEAD_AXIS else ds.sharding(P())
+        name: ds.sharding(P(*[None] * (HEAD_AXIS[name] + 1), ds.heads)) if name in HEAD_AXIS else ds.sharding(P())
         for name in params["layers"]
     }
     whole = dict(embed=ds.sharding(P()), norm=ds.sharding(P()))

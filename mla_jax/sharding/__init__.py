@@ -6,10 +6,12 @@
     table = ds.make_table(lengths, num_pages=num_pages, page_size=64)
     out = ds.mla_decode(q, cache, table, lengths, sm_scale=scale)
 
-`layout` says who holds what, `ops` runs the public ops on every shard, `cost` counts the bytes.
+`layout` says who holds what, `ops` runs the public ops on every shard, `modules` the attention modules of `mla_jax.nn`,
+`cost` counts the bytes.
 """
 
 from mla_jax.sharding.cost import StepCost, step_cost
+from mla_jax.sharding.modules import ModuleSharding
 from mla_jax.sharding.ops import DecodeSharding
 
-__all__ = ["DecodeSharding", "StepCost", "step_cost"]
+__all__ = ["DecodeSharding", "ModuleSharding", "StepCost", "step_cost"]
