@@ -84,7 +84,7 @@ class V32Attention(_Attention):
     """Attention of DeepSeek-V3.2 or, with `index_topk=0`, of DeepSeek-V3: `mla_jax.nn.v32` with parameters bound."""
 
     config: V32Config
-    _functions = v32
+    _functions: ClassVar[Any] = v32
 
     def init_cache(self, num_pages: int, page_size: int = 64, **options: Any) -> v32.V32Cache:
         """Caches of all layers of the config; see `v32.init_cache`."""
@@ -109,7 +109,7 @@ class Model1Attention(_Attention):
     """Attention of DeepSeek-V4: `mla_jax.nn.model1` with one layer's parameters bound."""
 
     config: Model1Config
-    _functions = model1
+    _functions: ClassVar[Any] = model1
 
     def init_cache(self, **options: Any) -> model1.Model1Cache:
         """Caches of all layers of the config; see `model1.init_cache`."""
