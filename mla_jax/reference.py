@@ -34,9 +34,11 @@ def _attend(
     d_v: int,
     attn_sink: Float32[Array, "h"] | None,
 ) -> tuple[Float32[Array, "b s_q h d_v"], Float32[Array, "b s_q h"]]:
-    q = q.astype(jnp.float32)
+    # The scale goes onto q: XLA may fuse a product of scores and scale with `- top`, which rounds it but once, and then
+    # scores of 1e9 leave not even the largest key a weight.
+    q = q.astype(jnp.float32) * sm_scale
     keys = jnp.where(valid[..., None], keys, 0).astype(jnp.float32)  # garbage in an invalid row: 0 * NaN is NaN
-    scores = jnp.einsum("bshd,bsnd->bshn", q, keys, precision=lax.Precision.HIGHEST) * sm_scale
+    scores = jnp.einsum("bshd,bsnd->bshn", q, keys, precision=lax.Precision.HIGHEST)
     scores = jnp.where(valid[:, :, None, :], scores, -jnp.inf)  # [b, s_q, h, n]
     top = jnp.max(scores, axis=-1, initial=-jnp.inf)  # [b, s_q, h]
     top = jnp.where(top == -jnp.inf, 0, top)
