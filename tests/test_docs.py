@@ -1,0 +1,107 @@
+"""The documents: their code runs as it stands, their links lead somewhere, and the pages on extending show tested code."""
+
+import functools
+import inspect
+import itertools
+import re
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import test_extending
+
+import mla_jax
+from mla_jax.sharding import DecodeSharding
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
+ELSEWHERE = {"README.md": "test_readme.py", "docs/modules.md": "nn/test_docs.py"}  # pages whose code another test runs
+SHOWN = {"docs/add-a-format.md": test_extending, "docs/add-a-kernel.md": test_extending}  # pages that show a test's code
+
+
+def _name(path):
+    return path.relative_to(ROOT).as_posix()
+
+
+def _code(path):
+    return re.findall(r"^```python\n(.*?)^```", path.read_text(), re.DOTALL | re.MULTILINE)
+
+
+WITH_CODE = [p for p in PAGES if _code(p) and _name(p) not in ELSEWHERE | SHOWN]
+
+
+def _before(page):
+    """Names that a page's code takes as given."""
+    if page != "docs/sharding.md":
+        return {}
+    lengths = np.array([40, 7, 0, 130, 5, 64, 200, 1], np.int32)
+    given = dict(jax=jax, jnp=jnp, mla_jax=mla_jax, partial=functools.partial, DecodeSharding=DecodeSharding)
+    return given | dict(num_pages=32, lengths=lengths, scale=0.05)
+
+
+def _after_sharding(names):
+    b, cache, ds = 8, names["cache"], names["ds"]
+    row, q = jnp.ones((b, 576), jnp.bfloat16), jnp.ones((b, 1, 4, 576), jnp.bfloat16)
+    positions = jnp.maximum(jnp.asarray(names["lengths"]) - 1, 0)
+    arguments = (row, positions, jnp.asarray(names["table"]), jnp.minimum(jnp.asarray(names["lengths"]), 1))
+    q = jax.device_put(q, ds.q_sharding())
+    out, _ = names["step"](cache, q, *(jax.device_put(x, ds.row_sharding()) for x in arguments))
+    assert out.shape == (b, 1, 4, 512)
+
+
+@pytest.mark.parametrize("path", WITH_CODE, ids=_name)
+def test_code_of_a_page_runs(path):
+    names = _before(_name(path))
+    for code in _code(path):
+        exec(code, names)
+    if _name(path) == "docs/sharding.md":
+        _after_sharding(names)
+
+
+def test_every_page_with_code_is_tested():
+    assert {_name(p) for p in PAGES if _code(p)} == {_name(p) for p in WITH_CODE} | set(ELSEWHERE) | set(SHOWN)
+
+
+@pytest.mark.parametrize("page", SHOWN)
+def test_page_shows_the_test_as_it_is(page):
+    source = inspect.getsource(SHOWN[page])
+    blocks = _code(ROOT / page)
+    assert blocks and all(block in source for block in blocks), "the page's code differs from tests/test_extending.py"
+
+
+def _anchors(path):
+    text = re.sub(r"^```.*?^```", "", path.read_text(), flags=re.DOTALL | re.MULTILINE)
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", h.lower()).strip().replace(" ", "-") for h in headings}
+
+
+@pytest.mark.parametrize("path", PAGES, ids=_name)
+def test_links_resolve(path):
+    text = re.sub(r"^```.*?^```", "", path.read_text(), flags=re.DOTALL | re.MULTILINE)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if target.startswith(("https://", "http://")):
+            continue
+        file, _, anchor = target.partition("#")
+        there = (path.parent / file).resolve() if file else path
+        assert there.exists(), f"{target} does not exist"
+        if anchor and there.suffix == ".md":
+            assert anchor in _anchors(there), f"{target}: no such heading"
+
+
+@pytest.mark.parametrize("path", PAGES, ids=_name)
+def test_files_that_are_named_exist(path):
+    named = re.findall(r"`((?:docs|notebooks|tests|mla_jax|pallas_kernels|\.ci)/[\w./-]*\w)`", path.read_text())
+    named += [f"notebooks/{n}" for n in re.findall(r"`(\d\d_\w+)`", path.read_text())]
+    for name in named:
+        candidates = (ROOT / name, ROOT / f"{name}.py", ROOT / f"{name}.ipynb")
+        assert any(c.exists() for c in candidates), f"{_name(path)} names {name}, which does not exist"
+
+
+def test_readme_lists_every_notebook_and_document():
+    text = (ROOT / "README.md").read_text()
+    notebooks = [p.stem for p in (ROOT / "notebooks").glob("[0-9]*.ipynb")]
+    documents = [p.name for p in (ROOT / "docs").glob("*.md") if p.stem != "index"]
+    for name in itertools.chain(notebooks, documents):
+        assert name in text, f"README.md does not name {name}"
