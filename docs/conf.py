@@ -14,7 +14,7 @@ author = "The mla-jax authors"
 version = release = mla_jax.__version__
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
 html_theme = "alabaster"
-html_theme_options = {"description": "MLA decoding for JAX on NVIDIA GPUs", "page_width": "1100px", "fixed_sidebar": True}
+html_theme_options = {"description": "MLA decoding for JAX on NVIDIA GPUs", "page_width": "1100px"}
 myst_heading_anchors = 3
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"  # shapes and dtypes stand in the docstrings

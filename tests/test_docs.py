@@ -1,4 +1,4 @@
-"""The documents: their code runs as it stands, their links lead somewhere, and the pages on extending show tested code."""
+"""The documents: their code runs as it stands, their links lead somewhere, pages on extending show tested code."""
 
 import functools
 import inspect
@@ -13,12 +13,13 @@ import pytest
 import test_extending
 
 import mla_jax
-from mla_jax.sharding import DecodeSharding
+from mla_jax.nn import V32Config, init_params
+from mla_jax.sharding import DecodeSharding, ModuleSharding
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 ELSEWHERE = {"README.md": "test_readme.py", "docs/modules.md": "nn/test_docs.py"}  # pages whose code another test runs
-SHOWN = {"docs/add-a-format.md": test_extending, "docs/add-a-kernel.md": test_extending}  # pages that show a test's code
+SHOWN = {"docs/add-a-format.md": test_extending, "docs/add-a-kernel.md": test_extending}  # pages that show tests
 
 
 def _name(path):
@@ -37,12 +38,21 @@ def _before(page):
     if page != "docs/sharding.md":
         return {}
     lengths = np.array([40, 7, 0, 130, 5, 64, 200, 1], np.int32)
-    given = dict(jax=jax, jnp=jnp, mla_jax=mla_jax, partial=functools.partial, DecodeSharding=DecodeSharding)
-    return given | dict(num_pages=32, lengths=lengths, scale=0.05)
+    given = dict(jax=jax, jnp=jnp, mla_jax=mla_jax, partial=functools.partial)
+    given |= dict(num_pages=32, lengths=lengths, scale=0.05)
+    given |= dict(DecodeSharding=DecodeSharding, ModuleSharding=ModuleSharding)
+    config = V32Config.small(num_layers=1)
+    table = jnp.asarray([[0], [1], [16], [17]], jnp.int32)  # [b, max_pages], each data group's own pages
+    return given | dict(
+        config=config, params=init_params(config, 0, jax.random.key(0)), page_size=64, block_table=table,
+        x=jnp.ones((4, 1, config.hidden_size), config.dtype), cache_seqlens=jnp.ones(4, jnp.int32),
+    )  # fmt: skip
 
 
 def _after_sharding(names):
-    b, cache, ds = 8, names["cache"], names["ds"]
+    assert names["out"].shape == names["x"].shape
+    b, ds = 8, names["ds"]
+    cache = mla_jax.PagedKVCache.zeros(mla_jax.BF16_576, 32, 64, sharding=ds.cache_sharding())
     row, q = jnp.ones((b, 576), jnp.bfloat16), jnp.ones((b, 1, 4, 576), jnp.bfloat16)
     positions = jnp.maximum(jnp.asarray(names["lengths"]) - 1, 0)
     arguments = (row, positions, jnp.asarray(names["table"]), jnp.minimum(jnp.asarray(names["lengths"]), 1))
@@ -95,6 +105,8 @@ def test_files_that_are_named_exist(path):
     named = re.findall(r"`((?:docs|notebooks|tests|mla_jax|pallas_kernels|\.ci)/[\w./-]*\w)`", path.read_text())
     named += [f"notebooks/{n}" for n in re.findall(r"`(\d\d_\w+)`", path.read_text())]
     for name in named:
+        if "NN_name" in name:  # stands for any notebook
+            continue
         candidates = (ROOT / name, ROOT / f"{name}.py", ROOT / f"{name}.ipynb")
         assert any(c.exists() for c in candidates), f"{_name(path)} names {name}, which does not exist"
 

@@ -70,7 +70,7 @@ def toy_kernel(q, rows, length, scale, out, lse):
     lse[...] = top[:, 0] + jnp.log(total)
 
 
-def run_toy(call, config, x):
+def run_toy(call, target, config, x):
     """From a call's description and operands (mla_jax/calls.py) to (out, lse)."""
     fmt, cache = call.fmt, x.cache
     rows = cache.data[jnp.clip(x.block_table, 0, cache.num_pages - 1)].reshape(call.b, -1, fmt.d_qk)  # [b, n, d_qk]
@@ -100,7 +100,7 @@ def run_toy(call, config, x):
 def check_toy(call, target, config):
     """Legal calls that this kernel cannot serve: say why."""
     if call.fmt.is_quantized or call.s_q != 1 or call.is_causal:
-        raise NotImplementedError(f"the toy kernel takes one query row over plain rows, not {call.fmt.name}, {call.s_q}")
+        raise NotImplementedError(f"takes one query row over plain rows, not s_q {call.s_q}, {call.fmt.name}")
 
 
 def test_a_new_kernel(monkeypatch):
