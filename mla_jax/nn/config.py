@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 import jax
 import numpy as np
@@ -105,8 +105,30 @@ class RopeConfig:
         return (0.1 * self.mscale * math.log(self.factor) + 1.0) ** 2
 
 
+class _Storage:
+    """How a config's caches, weights and activations are stored: what its fields of those names mean."""
+
+    cache: CacheKind
+    index_cache: IndexCacheKind | None
+    precision: Precision | None
+    _formats: ClassVar[dict[CacheKind, KVFormat]]
+
+    @property
+    def dtype(self) -> np.dtype:
+        """dtype of weights and activations."""
+        return {"bf16": BF16, "f32": F32}[self.precision or ("f32" if self.cache == "f32" else "bf16")]
+
+    @property
+    def kv_format(self) -> KVFormat:
+        return self._formats[self.cache]
+
+    @property
+    def index_format(self) -> KVFormat:
+        return {"fp8": INDEX_FP8, "f32": INDEX_F32}[self.index_cache or ("f32" if self.cache == "f32" else "fp8")]
+
+
 @dataclasses.dataclass(frozen=True)
-class V32Config:
+class V32Config(_Storage):
     """Attention of DeepSeek-V3.2; with `index_topk=0`, dense attention of the V3 family.
 
     Attributes:
@@ -123,6 +145,8 @@ class V32Config:
       scale_rule: how the fp8 cache's scales are chosen, see `mla_jax.pack_kv`.
       implementation: handed to the decode ops, see `mla_jax.sparse_mla_decode`.
     """
+
+    _formats = {"fp8": V32, "bf16": BF16_576, "f32": F32_576}  # noqa: RUF012
 
     hidden_size: int
     num_heads: int
@@ -191,19 +215,6 @@ class V32Config:
         return self.index_topk > 0
 
     @property
-    def dtype(self) -> np.dtype:
-        """dtype of weights and activations."""
-        return {"bf16": BF16, "f32": F32}[self.precision or ("f32" if self.cache == "f32" else "bf16")]
-
-    @property
-    def kv_format(self) -> KVFormat:
-        return {"fp8": V32, "bf16": BF16_576, "f32": F32_576}[self.cache]
-
-    @property
-    def index_format(self) -> KVFormat:
-        return {"fp8": INDEX_FP8, "f32": INDEX_F32}[self.index_cache or ("f32" if self.cache == "f32" else "fp8")]
-
-    @property
     def sm_scale(self) -> float:
         """Softmax scale: that of the *unabsorbed* head width, times YaRN's attention factor."""
         return (self.qk_nope_dim + self.rope.dim) ** -0.5 * self.rope.attention_factor
@@ -248,7 +259,7 @@ class Model1Layer:
 
 
 @dataclasses.dataclass(frozen=True)
-class Model1Config:
+class Model1Config(_Storage):
     """Attention of DeepSeek-V4 ("MODEL1" in FlashMLA).
 
     Attributes:
@@ -263,6 +274,8 @@ class Model1Config:
       rope, compressed_rope: frequencies of layers of ratio 0, and of every branch of compressed layers.
       norm_eps, cache, index_cache, precision, scale_rule, implementation: as in `V32Config`.
     """
+
+    _formats = {"fp8": MODEL1, "bf16": BF16_512, "f32": F32_512}  # noqa: RUF012
 
     hidden_size: int
     num_heads: int
@@ -348,19 +361,6 @@ class Model1Config:
     @property
     def head_dim(self) -> int:
         return self.kv_format.d_qk
-
-    @property
-    def dtype(self) -> np.dtype:
-        """dtype of weights and activations."""
-        return {"bf16": BF16, "f32": F32}[self.precision or ("f32" if self.cache == "f32" else "bf16")]
-
-    @property
-    def kv_format(self) -> KVFormat:
-        return {"fp8": MODEL1, "bf16": BF16_512, "f32": F32_512}[self.cache]
-
-    @property
-    def index_format(self) -> KVFormat:
-        return {"fp8": INDEX_FP8, "f32": INDEX_F32}[self.index_cache or ("f32" if self.cache == "f32" else "fp8")]
 
     @property
     def sm_scale(self) -> float:

@@ -10,6 +10,7 @@ are, but it spreads outliers over all dims before e4m3 rounds them.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Literal
 
 import jax
@@ -18,6 +19,7 @@ import numpy as np
 from jax import lax
 
 from mla_jax.cache import PagedKVCache
+from mla_jax.nn import topk
 from mla_jax.nn.layers import einsum, project
 from mla_jax.quantize import ScaleRule
 from pallas_kernels.formats import KVFormat
@@ -25,6 +27,9 @@ from pallas_kernels.indexer import scores as kernel
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Float32, Int32
+
+    from mla_jax.nn.config import Model1Config, V32Config
+    from mla_jax.nn.weights import Params
 
 SCALE_RULE: ScaleRule = "pow2_low"  # how index keys are quantised, see mla_jax.quantize
 
@@ -143,3 +148,33 @@ def _read_pages(cache: PagedKVCache, pages: Int32[Array, "b m"]) -> tuple[jax.Ar
 def head_weights(x: Float[Array, "b s hidden"], projection: Float[Array, "heads hidden"], d: int) -> jax.Array:
     """Weight of every head's scores, float32 `[b, s, heads]`: the projection times heads^-0.5 d^-0.5."""
     return project(x, projection, dtype=jnp.float32) * (projection.shape[0] * d) ** -0.5
+
+
+def choose(
+    params: Params,
+    config: V32Config | Model1Config,
+    cache: PagedKVCache,
+    x: Float[Array, "b s hidden"],
+    q_latent: Float[Array, "b s q_lora"],
+    rotate: Callable[[jax.Array], jax.Array],
+    block_table: Int32[Array, "b columns"],
+    visible: Int32[Array, "b s"],
+    k: int,
+) -> Int32[Array, "b s k"]:
+    """The positions that each query attends to, unordered, -1 for none (those come last).
+
+    Args:
+      params, config: of the layer.
+      cache: index keys of all layers; `block_table` is this layer's.
+      x, q_latent: the layer's input and its query latent.
+      rotate: RoPE of queries `[b, s, heads, d]` at their positions.
+      visible: how many positions each query may see.
+      k: how many to choose.
+    """
+    b, s, _ = x.shape
+    q = project(q_latent, params["index_wq_b"]).reshape(b, s, config.index_heads, -1)  # [b, s, heads, d]
+    q = hadamard(rotate(q))  # [b, s, heads, d]
+    weights = head_weights(x, params["index_weights"], config.index_dim)  # [b, s, heads]
+    plain = config.implementation == "xla"
+    ranked = scores(q, weights, cache, block_table, visible, implementation="xla" if plain else None)  # [b, s, n]
+    return topk.select_topk(ranked, visible, k, method="radix" if plain else None)

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,7 @@ import numpy as np
 from mla_jax import checks
 from mla_jax.cache import PagedKVCache, slots_from_positions
 from mla_jax.decode import sparse_mla_decode
-from mla_jax.nn import compressor, indexer, rope, steps, topk
+from mla_jax.nn import compressor, indexer, rope, steps
 from mla_jax.nn.config import Model1Config, Model1Layer
 from mla_jax.nn.layers import einsum, project, rms_norm
 from mla_jax.nn.paging import layer_table
@@ -406,7 +406,9 @@ def _compressed(
     index, index_rings = part.index, part.index_rings
     if index is not None and index_rings is not None:
         index, index_rings = append("index_compress", index, index_rings, indexer.hadamard, indexer.SCALE_RULE)
-        chosen = choose(params, config, index, x, q_latent, cos, sin, table, visible)  # [b, s, k]
+        rotate = functools.partial(rope.rotate_tail, cos=cos[:, :, None], sin=sin[:, :, None])
+        k = _num_extra(config, ratio, table.shape[1])
+        chosen = indexer.choose(params, config, index, x, q_latent, rotate, table, visible, k)  # [b, s, k]
     else:
         capacity = table.shape[1] * page_size
         chosen = jnp.arange(capacity, dtype=jnp.int32)[None, None]  # [1, 1, entries]
@@ -447,27 +449,6 @@ def query(params: Params, config: Model1Config, q_latent: jax.Array, cos: jax.Ar
 def window_row(params: Params, config: Model1Config, x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     """What the window caches of each token: x `[b, s, hidden]` -> `[b, s, d]`, normed, tail rotated."""
     return rope.rotate_tail(rms_norm(project(x, params["wkv"]), params["kv_norm"], config.norm_eps), cos, sin)
-
-
-def choose(
-    params: Params,
-    config: Model1Config,
-    index: PagedKVCache,
-    x: jax.Array,  # [b, s, hidden]
-    q_latent: jax.Array,  # [b, s, q_lora]
-    cos: jax.Array,  # [b, s, rope / 2]
-    sin: jax.Array,  # [b, s, rope / 2]
-    table: jax.Array,  # [b, columns], this layer's
-    visible: jax.Array,  # [b, s]
-) -> jax.Array:
-    """Numbers of the entries that each query attends to: int32 `[b, s, k]`, unordered, -1 (none) last."""
-    b, s, _ = x.shape
-    q = project(q_latent, params["index_wq_b"]).reshape(b, s, config.index_heads, -1)  # [b, s, heads, index_dim]
-    q = indexer.hadamard(rope.rotate_tail(q, cos[:, :, None], sin[:, :, None]))  # [b, s, heads, index_dim]
-    weights = indexer.head_weights(x, params["index_weights"], config.index_dim)  # [b, s, heads]
-    plain: Literal["xla"] | None = "xla" if config.implementation == "xla" else None
-    scores = indexer.scores(q, weights, index, table, visible, implementation=plain)  # [b, s, columns * page_size]
-    return topk.select_topk(scores, visible, _num_extra(config, 4, table.shape[1]), method="radix" if plain else None)
 
 
 def output(params: Params, config: Model1Config, o: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:

@@ -12,14 +12,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 
 from mla_jax.cache import PagedKVCache, slots_from_positions
 from mla_jax.decode import mla_decode, sparse_mla_decode
-from mla_jax.nn import indexer, rope, steps, topk
+from mla_jax.nn import indexer, rope, steps
 from mla_jax.nn.config import V32Config
 from mla_jax.nn.layers import einsum, layer_norm, project, rms_norm
 from mla_jax.nn.paging import layer_table
@@ -199,7 +199,9 @@ def _attend(
     index = None
     if cache.index is not None:
         index = steps.append_rows(cache.index, index_key(params, config, x, cos, sin), slots, indexer.SCALE_RULE)
-        chosen = choose(params, config, index, x, q_latent, cos, sin, table, step.visible)  # [b, s, k] positions
+        rotate = functools.partial(rope.rotate_head, cos=cos[:, :, None], sin=sin[:, :, None])
+        k = _num_chosen(config, table.shape[1] * cache.kv.page_size)
+        chosen = indexer.choose(params, config, index, x, q_latent, rotate, table, step.visible, k)  # [b, s, k]
         o = sparse_mla_decode(
             q,
             kv,
@@ -244,27 +246,6 @@ def index_key(params: Params, config: V32Config, x: jax.Array, cos: jax.Array, s
     key = project(x, params["index_wk"])  # [b, s, index_dim]
     key = layer_norm(key, params["index_k_norm_weight"], params["index_k_norm_bias"], config.norm_eps)
     return indexer.hadamard(rope.rotate_head(key, cos, sin))
-
-
-def choose(
-    params: Params,
-    config: V32Config,
-    index: PagedKVCache,
-    x: jax.Array,  # [b, s, hidden]
-    q_latent: jax.Array,  # [b, s, q_lora]
-    cos: jax.Array,  # [b, s, rope / 2]
-    sin: jax.Array,  # [b, s, rope / 2]
-    table: jax.Array,  # [b, columns], this layer's
-    visible: jax.Array,  # [b, s]
-) -> jax.Array:
-    """Positions that each query attends to: int32 `[b, s, k]`, unordered, -1 for none (those come last)."""
-    b, s, _ = x.shape
-    q = project(q_latent, params["index_wq_b"]).reshape(b, s, config.index_heads, -1)  # [b, s, heads, index_dim]
-    q = indexer.hadamard(rope.rotate_head(q, cos[:, :, None], sin[:, :, None]))  # [b, s, heads, index_dim]
-    weights = indexer.head_weights(x, params["index_weights"], config.index_dim)  # [b, s, heads]
-    plain: Literal["xla"] | None = "xla" if config.implementation == "xla" else None
-    scores = indexer.scores(q, weights, index, table, visible, implementation=plain)  # [b, s, columns * page_size]
-    return topk.select_topk(scores, visible, _num_chosen(config, scores.shape[-1]), method="radix" if plain else None)
 
 
 def output(params: Params, o: jax.Array) -> jax.Array:
