@@ -29,13 +29,12 @@ from jax import lax
 
 from pallas_kernels import mgpu, schedule
 from pallas_kernels.combine import NEVER, combine
-from pallas_kernels.dense_decode.config import TMA_MIN_ROWS, DenseConfig, choose_config, chunk_rows
+from pallas_kernels.dense_decode.config import DenseConfig, choose_config
+from pallas_kernels.dense_decode.work import BLOCK, D_V, Shape, Work, for_each_piece, zero_rows
 from pallas_kernels.mgpu import WGMMA, WGMMA_ROW, Handoff, rows_to_tile, tile
 
 ROWS = schedule.TILE_ROWS  # query rows of a tile
-BLOCK = schedule.BLOCK_TOKENS  # tokens of a block
 HALF = 256  # columns of `left` and of `right`
-D_V = 2 * HALF
 
 # ------------------------------------------------------------------------------------------------ shared memory
 
@@ -81,105 +80,6 @@ def handoffs(producer_threads: int) -> dict[str, Handoff]:
 # ------------------------------------------------------------------------------------------------ who does what
 
 
-class _Shape:
-    """Static facts of a call."""
-
-    def __init__(self, q_shape, kv_shape, table_width, is_causal):
-        self.batch, self.s_q, self.heads, self.d_qk = q_shape
-        self.num_pages, self.page_size, _ = kv_shape
-        self.contiguous = table_width is None
-        self.table_width = 1 if table_width is None else table_width
-        self.is_causal = is_causal
-        self.rows = self.s_q * self.heads
-        # TMA wants a multiple of its tile's rows, or fewer.
-        self.tma_rows = self.rows if self.rows < 8 else -(-self.rows // 8) * 8
-        self.tiles = -(-self.rows // ROWS)
-        self.capacity = self.table_width * self.page_size  # tokens a request can have
-        self.chunk = chunk_rows(self.page_size, self.contiguous)  # tokens of a block in one page
-        self.uses_tma = self.chunk >= TMA_MIN_ROWS
-        self.producer_threads = mgpu.WARP if self.uses_tma else mgpu.WARPGROUP
-        self.has_rope = self.d_qk > D_V
-        # The last row of a causal call sees every token, the first this many fewer.
-        self.causal_span = self.s_q - 1 if is_causal else 0
-
-
-class _Work:
-    """One piece of the plan, as every warpgroup reads it."""
-
-    def __init__(self, shape, piece, pieces, seqlens, table):
-        self.shape, self.piece, self.table = shape, piece, table
-        self.item = pieces[piece, 0]
-        self.first_block = pieces[piece, 1]
-        self.is_split = pieces[piece, 3] > 1
-        self.tokens = jnp.clip(seqlens[self.item], 0, shape.capacity)
-        num_blocks = lax.div(self.tokens + (BLOCK - 1), jnp.int32(BLOCK))
-        self.end_block = jnp.minimum(pieces[piece, 2], num_blocks)
-        # At least one pair, even of an empty piece: its blocks are all absent, and the result comes out empty.
-        self.num_pairs = jnp.maximum(lax.div(self.end_block - self.first_block + 1, jnp.int32(2)), 1)
-
-    def pages(self, block):
-        """[(page, first token in it)] of a block's chunks. A page that must not be read is `num_pages`."""
-        shape = self.shape
-        exists = block < self.end_block
-        if shape.contiguous:
-            return [(jnp.where(exists, self.item, shape.num_pages), block * BLOCK)]
-        pages = []
-        for chunk in range(BLOCK // shape.chunk):
-            token = block * BLOCK + chunk * shape.chunk
-            slot = jnp.minimum(lax.div(token, jnp.int32(shape.page_size)), shape.table_width - 1)
-            page = self.table[self.item, slot]
-            is_real = exists & (page >= 0) & (page < shape.num_pages)
-            pages.append((jnp.where(is_real, page, shape.num_pages), lax.rem(token, jnp.int32(shape.page_size))))
-        return pages
-
-    def room(self, block):
-        """Tokens from the block's start to the request's end, or 0 if some page of the block must not be read.
-
-        A block is free of masking if this is at least `BLOCK` and, in causal calls, `s_q - 1` more.
-        """
-        if not self.shape.uses_tma:
-            return jnp.int32(0)  # the producer knows, and says so in BIAS0 and BIAS1
-        room = self.tokens - block * BLOCK
-        for page, _ in self.pages(block):
-            room = jnp.where(page < self.shape.num_pages, room, 0)
-        return room
-
-    def mask(self, scores, block, room, tile_index, bias, dyn):
-        """-inf for keys that a row must not see. scores f32 [ROWS, BLOCK], bias f32 [BLOCK] in SMEM.
-
-        `dyn` (`opaque_zero`) keeps the column and row numbers from being computed once and spilled.
-        """
-        shape = self.shape
-
-        def apply():
-            column = plgpu.broadcasted_iota(jnp.int32, (ROWS, BLOCK), 1, layout=WGMMA) + dyn  # [ROWS, BLOCK]
-            none = jnp.full_like(scores, -jnp.inf)  # [ROWS, BLOCK]
-            visible = room
-            masked = scores
-            if not shape.uses_tma:
-                columns = plgpu.load(bias, layout=WGMMA.reduce(0))  # [BLOCK]
-                masked = masked + lax.broadcast_in_dim(columns, masked.shape, [1])
-                visible = self.tokens - block * BLOCK
-            elif shape.chunk < BLOCK:
-                # Some chunks of the block may be readable and others not.
-                visible = jnp.where(block < self.end_block, self.tokens - block * BLOCK, 0)
-                for index, (page, _) in enumerate(self.pages(block)):
-                    end = (index + 1) * shape.chunk
-                    begin = jnp.where(page < shape.num_pages, end, index * shape.chunk)
-                    masked = jnp.where(column < begin, masked, jnp.where(column < end, none, masked))
-            if shape.causal_span:
-                row = plgpu.broadcasted_iota(jnp.int32, (ROWS, BLOCK), 0, layout=WGMMA) + (tile_index * ROWS + dyn)
-                position = jnp.minimum(lax.div(row, jnp.int32(shape.heads)), shape.s_q - 1)  # [ROWS, BLOCK]
-                return jnp.where(column < position + (visible - (shape.s_q - 1)), masked, none)
-            return jnp.where(column < visible, masked, none)
-
-        return lax.cond(room < BLOCK + shape.causal_span, apply, lambda: scores)
-
-
-def _for_each_piece(part, parts, run):
-    pl.loop(parts[part], parts[part + 1])(run)
-
-
 # ------------------------------------------------------------------------------------------------ consumers
 
 
@@ -193,21 +93,6 @@ def _scores(refs, barriers_full, q_rope, side, scores_ref, half, dyn, *, shape):
     plgpu.wgmma(scores_ref, q.at[:, pl.ds(HALF, HALF)], refs["right"].at[side + dyn].transpose((1, 0)))
     if shape.has_rope:
         plgpu.wgmma(scores_ref, q_rope, refs["rope"].at[side + dyn].transpose((1, 0)))
-
-
-def _zero_rows(buffer, work, block):
-    """Zeroes a V tile's rows behind the request's end, where the cache may hold anything: 0 * NaN is NaN."""
-    room = work.tokens - block * BLOCK
-
-    @pl.when((room > 0) & (room < BLOCK))
-    def _():
-        # 64 columns at a time, to live beside the accumulator.
-        for column in range(0, HALF, BLOCK):
-            part = buffer.at[:, pl.ds(column, BLOCK)]
-            values = plgpu.load(part, layout=WGMMA)  # bf16 [BLOCK, 64]
-            row = plgpu.broadcasted_iota(jnp.int32, (BLOCK, BLOCK), 0, layout=WGMMA)  # [BLOCK, 64]
-            part[...] = jnp.where(row < room, values, jnp.zeros_like(values))
-        plgpu.commit_smem()
 
 
 def _zero_carry(columns=HALF):
@@ -236,7 +121,7 @@ def _left_step(pair, carry, *, is_last, work, refs, full, bar, ops, scale2, q_ro
     total = total * rescale + p.sum(axis=1)
     bar.arrive("max0")
     if is_last:
-        _zero_rows(refs["left"].at[0], work, block)
+        zero_rows(refs["left"].at[0], work, block)
 
     def own_product(acc_ref):
         plgpu.wgmma(acc_ref, p_bf16, refs["left"].at[0 + dyn])
@@ -255,7 +140,7 @@ def _left_step(pair, carry, *, is_last, work, refs, full, bar, ops, scale2, q_ro
     acc = acc * rows_to_tile(rescale, acc.shape)
     total = total * rescale
     if is_last:
-        _zero_rows(refs["left"].at[1], work, block + 1)
+        zero_rows(refs["left"].at[1], work, block + 1)
     bar.wait("p1")
     if is_last:
 
@@ -300,8 +185,8 @@ def _right_step(pair, carry, *, is_last, work, refs, full, bar, ops, scale2, q_r
     bar.arrive("max1")
     refs["p1"][...] = p_bf16
     if is_last:
-        _zero_rows(refs["right"].at[1], work, block)
-        _zero_rows(refs["right"].at[0], work, block - 1)
+        zero_rows(refs["right"].at[1], work, block)
+        zero_rows(refs["right"].at[0], work, block - 1)
 
     def products(acc_ref):
         plgpu.wgmma(acc_ref, p_bf16, refs["right"].at[1 + dyn])
@@ -383,7 +268,7 @@ def _consumer(side, *, config, shape, part, tile_index, inputs, outs, refs, full
     scale2 = inputs["sm_scale"][0] * mgpu.LOG2_E
 
     def piece(index):
-        work = _Work(shape, index, inputs["pieces"], inputs["seqlens"], inputs["table"])
+        work = Work(shape, index, inputs["pieces"], inputs["seqlens"], inputs["table"])
         room = work.room(work.first_block + side)
         plgpu.barrier_wait(full["q"])
         q_rope = plgpu.load(refs["p1"], layout=WGMMA) if shape.has_rope else None  # bf16 [ROWS, 64]
@@ -403,7 +288,7 @@ def _consumer(side, *, config, shape, part, tile_index, inputs, outs, refs, full
         )
         bar.arrive("free_left1" if side == 0 else "free_right0")
 
-    _for_each_piece(part, inputs["parts"], piece)
+    for_each_piece(part, inputs["parts"], piece)
 
 
 # ------------------------------------------------------------------------------------------------ producer
@@ -438,7 +323,7 @@ def _producer(*, config, shape, part, tile_index, inputs, refs, full, bar, ops):
         plgpu.barrier_arrive(full[f"{half}{side}"])
 
     def piece(index):
-        work = _Work(shape, index, inputs["pieces"], inputs["seqlens"], inputs["table"])
+        work = Work(shape, index, inputs["pieces"], inputs["seqlens"], inputs["table"])
         rows = pl.ds(tile_index * ROWS, ROWS)
         bar.wait("free_q")
         plgpu.copy_gmem_to_smem(inputs["q"].at[work.item, rows, pl.ds(0, D_V)], refs["q"].at[0], full["q"])
@@ -460,7 +345,7 @@ def _producer(*, config, shape, part, tile_index, inputs, refs, full, bar, ops):
         pl.loop(0, work.num_pairs)(pair)
 
     def run():
-        _for_each_piece(part, inputs["parts"], piece)
+        for_each_piece(part, inputs["parts"], piece)
         # Every arrival is waited for, also the last of each buffer.
         for buffer in ("left0", "right1", "right0", "left1", "q", "q_rope"):
             if buffer != "q_rope" or shape.has_rope:
@@ -525,7 +410,7 @@ def dense_decode(
       out bf16 `[b, s_q, h, d_v]` and lse float32 `[b, s_q, h]` (natural logarithm; out 0 and lse -inf without any key).
     """
     table_width = None if block_table is None else block_table.shape[1]
-    shape = _Shape(q.shape, kv.shape, table_width, is_causal)
+    shape = Shape(q.shape, kv.shape, table_width, is_causal, ROWS)
     plan.check(
         op="dense", batch=shape.batch, s_q=shape.s_q, num_heads=shape.heads, page_size=shape.page_size
     )

@@ -1,0 +1,136 @@
+"""What the dense kernels of all architectures share: a call's static facts, a piece of work, masks."""
+
+from __future__ import annotations
+
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels import mgpu, schedule
+from pallas_kernels.dense_decode.config import TMA_MIN_ROWS, chunk_rows
+from pallas_kernels.mgpu import WGMMA
+
+BLOCK = schedule.BLOCK_TOKENS  # tokens of a block
+D_V = 512
+
+
+class Shape:
+    """Static facts of a call."""
+
+    def __init__(self, q_shape, kv_shape, table_width, is_causal, tile_rows):
+        self.batch, self.s_q, self.heads, self.d_qk = q_shape
+        self.num_pages, self.page_size, _ = kv_shape
+        self.contiguous = table_width is None
+        self.table_width = 1 if table_width is None else table_width
+        self.is_causal = is_causal
+        self.rows = self.s_q * self.heads
+        # TMA wants a multiple of its tile's rows, or fewer.
+        self.tma_rows = self.rows if self.rows < 8 else -(-self.rows // 8) * 8
+        self.tile_rows = tile_rows
+        self.tiles = -(-self.rows // tile_rows)
+        self.capacity = self.table_width * self.page_size  # tokens a request can have
+        self.chunk = chunk_rows(self.page_size, self.contiguous)  # tokens of a block in one page
+        self.uses_tma = self.chunk >= TMA_MIN_ROWS
+        self.producer_threads = mgpu.WARP if self.uses_tma else mgpu.WARPGROUP
+        self.has_rope = self.d_qk > D_V
+        # The last row of a causal call sees every token, the first this many fewer.
+        self.causal_span = self.s_q - 1 if is_causal else 0
+
+
+class Work:
+    """One piece of the plan, as every warpgroup reads it."""
+
+    def __init__(self, shape, piece, pieces, seqlens, table):
+        self.shape, self.piece, self.table = shape, piece, table
+        self.item = pieces[piece, 0]
+        self.first_block = pieces[piece, 1]
+        self.is_split = pieces[piece, 3] > 1
+        self.tokens = jnp.clip(seqlens[self.item], 0, shape.capacity)
+        num_blocks = lax.div(self.tokens + (BLOCK - 1), jnp.int32(BLOCK))
+        self.end_block = jnp.minimum(pieces[piece, 2], num_blocks)
+        # At least one block and pair, even of an empty piece: they are absent, and the result comes out empty.
+        self.num_blocks = jnp.maximum(self.end_block - self.first_block, 1)
+        self.num_pairs = jnp.maximum(lax.div(self.end_block - self.first_block + 1, jnp.int32(2)), 1)
+
+    def pages(self, block):
+        """[(page, first token in it)] of a block's chunks. A page that must not be read is `num_pages`."""
+        shape = self.shape
+        exists = block < self.end_block
+        if shape.contiguous:
+            return [(jnp.where(exists, self.item, shape.num_pages), block * BLOCK)]
+        pages = []
+        for chunk in range(BLOCK // shape.chunk):
+            token = block * BLOCK + chunk * shape.chunk
+            slot = jnp.minimum(lax.div(token, jnp.int32(shape.page_size)), shape.table_width - 1)
+            page = self.table[self.item, slot]
+            is_real = exists & (page >= 0) & (page < shape.num_pages)
+            pages.append((jnp.where(is_real, page, shape.num_pages), lax.rem(token, jnp.int32(shape.page_size))))
+        return pages
+
+    def room(self, block):
+        """Tokens from the block's start to the request's end, or 0 if some page of the block must not be read.
+
+        A block is free of masking if this is at least `BLOCK` and, in causal calls, `s_q - 1` more.
+        """
+        if not self.shape.uses_tma:
+            return jnp.int32(0)  # the producer knows, and says so in BIAS0 and BIAS1
+        room = self.tokens - block * BLOCK
+        for page, _ in self.pages(block):
+            room = jnp.where(page < self.shape.num_pages, room, 0)
+        return room
+
+    def mask(self, scores, block, room, tile_index, bias, dyn, layout=WGMMA):
+        """-inf for keys that a row must not see. scores f32 [tile_rows, BLOCK], bias f32 [BLOCK] in SMEM.
+
+        `layout` is that of the scores. `dyn` (`opaque_zero`) keeps the column and row numbers from being computed once
+        and spilled.
+        """
+        shape, tile = self.shape, scores.shape
+
+        def apply():
+            column = plgpu.broadcasted_iota(jnp.int32, tile, 1, layout=layout) + dyn  # [tile_rows, BLOCK]
+            none = jnp.full_like(scores, -jnp.inf)  # [tile_rows, BLOCK]
+            visible = room
+            masked = scores
+            if not shape.uses_tma:
+                columns = plgpu.load(bias, layout=layout.reduce(0))  # [BLOCK]
+                masked = masked + lax.broadcast_in_dim(columns, masked.shape, [1])
+                visible = self.tokens - block * BLOCK
+            elif shape.chunk < BLOCK:
+                # Some chunks of the block may be readable and others not.
+                visible = jnp.where(block < self.end_block, self.tokens - block * BLOCK, 0)
+                for index, (page, _) in enumerate(self.pages(block)):
+                    end = (index + 1) * shape.chunk
+                    begin = jnp.where(page < shape.num_pages, end, index * shape.chunk)
+                    masked = jnp.where(column < begin, masked, jnp.where(column < end, none, masked))
+            if shape.causal_span:
+                row = plgpu.broadcasted_iota(jnp.int32, tile, 0, layout=layout) + (tile_index * shape.tile_rows + dyn)
+                position = jnp.minimum(lax.div(row, jnp.int32(shape.heads)), shape.s_q - 1)  # [tile_rows, BLOCK]
+                return jnp.where(column < position + (visible - (shape.s_q - 1)), masked, none)
+            return jnp.where(column < visible, masked, none)
+
+        return lax.cond(room < BLOCK + shape.causal_span, apply, lambda: scores)
+
+
+def zero_rows(buffer, work, block):
+    """Zeroes a V tile's rows behind the request's end, where the cache may hold anything: 0 * NaN is NaN."""
+    room = work.tokens - block * BLOCK
+
+    @pl.when((room > 0) & (room < BLOCK))
+    def _():
+        # 64 columns at a time, to live beside the accumulator.
+        for column in range(0, buffer.shape[1], BLOCK):
+            part = buffer.at[:, pl.ds(column, BLOCK)]
+            values = plgpu.load(part, layout=WGMMA)  # bf16 [BLOCK, 64]
+            row = plgpu.broadcasted_iota(jnp.int32, (BLOCK, BLOCK), 0, layout=WGMMA)  # [BLOCK, 64]
+            part[...] = jnp.where(row < room, values, jnp.zeros_like(values))
+        plgpu.commit_smem()
+
+
+def for_each_piece(part, parts, run, carry=None):
+    """`carry = run(piece, carry)` for each piece of the part; `run(piece)` without a carry."""
+    if carry is None:
+        pl.loop(parts[part], parts[part + 1])(run)
+        return None
+    return lax.fori_loop(parts[part], parts[part + 1], run, carry)
