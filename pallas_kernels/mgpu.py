@@ -11,8 +11,9 @@ kernel that is proved:
 | `launch_dependents`, `wait_for_primary` | griddepcontrol | nothing: kernels run one after the other |
 | `producer_warp` | one warp of the warpgroup | the warpgroup as one thread |
 | `gather_rows` | `cp.async`, 16 bytes each | one plain copy a row |
+| `any_positive` | a vote of the warpgroup (`bar.red.or`) | a plain reduction |
 
-The interpreter also lacks wgmma with an operand or an initial accumulator in registers; tests/kernels/interpreter.py
+Tensor memory, tcgen05 and their barriers, which SM90 does not have, need no substitution. The interpreter lacks wgmma with an operand or an initial accumulator in registers; tests/kernels/interpreter.py
 teaches it those, and race-checks what wgmma reads.
 """
 
@@ -28,6 +29,7 @@ import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental.mosaic import gpu as mosaic
 from jax.experimental.mosaic.gpu import utils as mosaic_utils
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, nvvm
@@ -40,6 +42,7 @@ WARP = 32  # threads
 MAX_REGISTERS = 504
 MAX_SMEM_BYTES = 232448  # what one CTA of an SM90 or SM100 GPU may ask for
 SMEM_ALIGN_BYTES = 1024  # Mosaic pads every scratch buffer to this
+CHUNK_BYTES = 16  # what `gather_rows` copies at a time
 
 LOG2_E = 1.4426950408889634
 LN_2 = 0.6931471805599453
@@ -101,7 +104,8 @@ class Barriers:
     """Handoffs as named barriers. Mosaic uses the ids up to the number of warpgroups; ours begin at 4."""
 
     FIRST_ID = 4
-    NUM_IDS = 16
+    NUM_IDS = 15
+    VOTE_ID = 15  # of `Hardware.any_positive`
 
     def __init__(self, handoffs: Mapping[str, Handoff]):
         if self.FIRST_ID + len(handoffs) > self.NUM_IDS:
@@ -139,7 +143,8 @@ class GatherRows:
     item: jax.Array
     first_token: jax.Array
     end_token: jax.Array  # exclusive
-    first_column: int
+    first_column: jax.Array | int
+    swizzle_bytes: int = 128  # of the tile that they go to
 
 
 class Hardware:
@@ -186,6 +191,32 @@ class Hardware:
         """
         _gather_rows(source, table, dst, bias, rows)
 
+    def any_positive(self, x: jax.Array, layout: Any) -> jax.Array:
+        """Whether any value is above 0: bool `[]`, the same for all threads. One warpgroup of a CTA may call this.
+
+        Args:
+          x: float32 `[rows]`.
+          layout: of x.
+        """
+
+        @plgpu.inline_mgpu(
+            arg_types=(layout,), return_type=plgpu.ShapeDtypeStruct((), jnp.int32, plgpu.Layout.WG_SPLAT)
+        )
+        def vote(_, x):
+            i32 = ir.IntegerType.get_signless(32)
+            zero = arith.ConstantOp(x.mlir_dtype, ir.FloatAttr.get(x.mlir_dtype, 0.0)).result  # type: ignore
+            flag = arith.ConstantOp(i32, ir.IntegerAttr.get(i32, 0)).result  # type: ignore
+            for value in x.registers.flat:
+                flag = arith.ori(flag, arith.extui(i32, arith.cmpf(arith.CmpFPredicate.OGT, value, zero)))
+            text = (
+                "{ .reg .pred p; setp.ne.s32 p, $1, 0; "
+                f"bar.red.or.pred p, {Barriers.VOTE_ID}, {WARPGROUP}, p; selp.s32 $0, 1, 0, p; }}"
+            )
+            found = asm(text, "=r,r", flag, result="i32")
+            return mosaic.FragmentedArray.splat(found, (), is_signed=True)
+
+        return vote(x) != 0
+
     def producer_warp(self, run: Callable[[], None]) -> None:
         """Runs `run` on the first warp of the calling warpgroup."""
 
@@ -200,13 +231,16 @@ def _gather_rows(source: Any, table: Any, dst: Any, bias: Any, rows: GatherRows)
     num_rows, columns = dst.shape
     if num_rows * 2 != WARPGROUP:
         raise ValueError(f"gather_rows wants a tile of {WARPGROUP // 2} rows, got {num_rows}")
-    chunk_bytes, row_bytes, atom_bytes = 16, 128, 1024  # of a copy, of a row of an (8, 64) tile, of that tile
-    tile_type = plgpu.RefType((plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(row_bytes)))  # type: ignore[abstract]
+    chunk_bytes, row_bytes = CHUNK_BYTES, rows.swizzle_bytes  # of a copy, of a row of a tile
+    atom_bytes = 8 * row_bytes  # of that tile, which has 8 rows
+    row_chunks = row_bytes // chunk_bytes
+    tiling = plgpu.TilingTransform((8, row_bytes // 2))  # type: ignore[abstract]
+    tile_type = plgpu.RefType((tiling, plgpu.SwizzleTransform(row_bytes)))  # type: ignore[abstract]
     scalar = plgpu.Layout.WG_SPLAT
     optional = [ref for ref in (table, bias) if ref is not None]
 
-    @plgpu.inline_mgpu(arg_types=(tile_type, scalar, scalar, scalar, *[plgpu.RefType()] * (1 + len(optional))))
-    def copy(_, dst, item, first_token, end_token, source, *optional_refs):
+    @plgpu.inline_mgpu(arg_types=(tile_type, *[scalar] * 4, *[plgpu.RefType()] * (1 + len(optional))))
+    def copy(_, dst, item, first_token, end_token, first_column, source, *optional_refs):
         table_ref = optional_refs[:1] if table is not None else ()
         i32, i64 = ir.IntegerType.get_signless(32), ir.IntegerType.get_signless(64)
 
@@ -216,7 +250,9 @@ def _gather_rows(source: Any, table: Any, dst: Any, bias: Any, rows: GatherRows)
         def wide(value):
             return arith.extsi(i64, value)
 
-        item, first_token, end_token = (x.registers[()] for x in (item, first_token, end_token))
+        item, first_token, end_token, first_column = (
+            x.registers[()] for x in (item, first_token, end_token, first_column)
+        )
         thread = arith.remui(mosaic_utils.thread_idx(), c(WARPGROUP))
         row, odd = arith.divui(thread, c(2)), arith.remui(thread, c(2))
         token = arith.addi(first_token, row)
@@ -239,17 +275,20 @@ def _gather_rows(source: Any, table: Any, dst: Any, bias: Any, rows: GatherRows)
         size = arith.select(is_real, c(chunk_bytes), c(0))  # the copy fills up with zeros
         base = arith.addi(
             llvm.ptrtoint(i64, mosaic_utils.memref_ptr(source)),
-            arith.addi(arith.muli(index, c(2 * d, i64)), c(2 * rows.first_column, i64)),
+            arith.addi(arith.muli(index, c(2 * d, i64)), arith.muli(wide(first_column), c(2, i64))),
         )
         in_tile = arith.remui(row, c(8))
         tile_row = arith.addi(
-            arith.muli(arith.divui(row, c(8)), c(columns // 64 * atom_bytes)), arith.muli(in_tile, c(row_bytes))
+            arith.muli(arith.divui(row, c(8)), c(columns * 2 // row_bytes * atom_bytes)),
+            arith.muli(in_tile, c(row_bytes)),
         )
         target = arith.addi(llvm.ptrtoint(i32, mosaic_utils.memref_ptr(dst)), tile_row)
+        # Chunk k of row r lies at place k ^ s, where s counts the 128-byte lines before the row.
+        swizzle = arith.divui(in_tile, c(128 // row_bytes))
         for step in range(columns * 2 // chunk_bytes // 2):
-            # The two threads of a row take neighbouring chunks. Chunk k of a tile's row r lies at place k ^ r.
-            tile_column, chunk = divmod(2 * step, row_bytes // chunk_bytes)
-            place = arith.xori(arith.ori(c(chunk), odd), in_tile)
+            # The two threads of a row take neighbouring chunks.
+            tile_column, chunk = divmod(2 * step, row_chunks)
+            place = arith.xori(arith.ori(c(chunk), odd), swizzle)
             to = arith.addi(target, arith.addi(c(tile_column * atom_bytes), arith.muli(place, c(chunk_bytes))))
             at = arith.addi(base, wide(arith.addi(c(2 * step * chunk_bytes), arith.muli(odd, c(chunk_bytes)))))
             asm(f"cp.async.cg.shared.global [$0], [$1], {chunk_bytes}, $2;", "r,l,r", to, at, size)
@@ -259,7 +298,7 @@ def _gather_rows(source: Any, table: Any, dst: Any, bias: Any, rows: GatherRows)
             asm("st.shared.b32 [$0], $1;", "r,r", arith.addi(at, arith.muli(row, c(4))), bits)
         asm("cp.async.wait_all;")
 
-    copy(dst, rows.item, rows.first_token, rows.end_token, source, *optional)
+    copy(dst, rows.item, rows.first_token, rows.end_token, jnp.int32(rows.first_column), source, *optional)
     plgpu.commit_smem()
 
 
@@ -324,6 +363,9 @@ class Interpreted(Hardware):
 
             lax.cond(is_real, copy, clear)
         plgpu.commit_smem()
+
+    def any_positive(self, x, layout):
+        return jnp.max(x) > 0
 
     def producer_warp(self, run):
         run()

@@ -1,4 +1,4 @@
-"""Configuration of the dense decode kernels, and the choice of one."""
+"""Configurations of the dense decode kernels, and the choice of one."""
 
 from __future__ import annotations
 
@@ -39,8 +39,38 @@ class DenseConfig:
                 f"two consumers of {self.consumer_registers} registers and a producer of {self.producer_registers} ask "
                 f"for {total}; more than {mgpu.MAX_REGISTERS} would hang the GPU"
             )
-        if self.combine_rows is not None and self.combine_rows not in (1, 2, 4, 8):
-            raise ValueError(f"combine_rows must be 1, 2, 4, 8 or None, got {self.combine_rows}")
+        _check_combine_rows(self.combine_rows)
+
+
+@dataclasses.dataclass(frozen=True)
+class DenseSm100Config:
+    """How the SM100 kernel runs. Static and hashable; results differ by rounding only. See docs/sm100.md.
+
+    Attributes:
+      tile_rows: query rows of a tile: 64, one CTA a tile, or 128, two CTAs a tile with half of the output columns each.
+      rescale_above: how far, in powers of two, scores may grow beyond the maximum that they are scaled by before the
+        accumulator is scaled anew.
+      combine_rows: query rows that one CTA of the combine kernel merges; None lets it choose.
+      overlap_combine: launch the combine kernel early (programmatic dependent launch).
+    """
+
+    tile_rows: int
+    rescale_above: float = 8.0
+    combine_rows: int | None = None
+    overlap_combine: bool = True
+
+    def __post_init__(self) -> None:
+        if self.tile_rows not in (64, 128):
+            raise ValueError(f"tile_rows must be 64 or 128, got {self.tile_rows}")
+        # 2^16 times a row's sum of values leaves float32 and bf16 all the room they need.
+        if not 0 <= self.rescale_above <= 16:
+            raise ValueError(f"rescale_above must lie in [0, 16], got {self.rescale_above}")
+        _check_combine_rows(self.combine_rows)
+
+
+def _check_combine_rows(rows: int | None) -> None:
+    if rows is not None and rows not in (1, 2, 4, 8):
+        raise ValueError(f"combine_rows must be 1, 2, 4, 8 or None, got {rows}")
 
 
 def chunk_rows(page_size: int, contiguous: bool) -> int:
@@ -61,3 +91,12 @@ def choose_config(page_size: int, contiguous: bool) -> DenseConfig:
     if chunk_rows(page_size, contiguous) < BLOCK_TOKENS:
         return DenseConfig(consumer_registers=232, producer_registers=40)
     return DenseConfig()
+
+
+def choose_sm100_config(rows: int) -> DenseSm100Config:
+    """The configuration for a call's query rows (s_q * heads).
+
+    A tile of 128 rows costs two CTAs about 0.8 of what two tiles of 64 rows cost them (docs/sm100.md): worth it where
+    it does not fill up with absent rows. A call thus has as many CTAs a part as `schedule.dense_parts` counts on.
+    """
+    return DenseSm100Config(tile_rows=128 if -(-rows // 64) % 2 == 0 else 64)

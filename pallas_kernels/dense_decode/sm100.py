@@ -1,0 +1,485 @@
+"""Dense (bf16, paged) MLA decode for SM100 (B200, B300): compiled and interpreted, not run.
+
+Three warpgroups a CTA, persistent over the pieces of its part:
+
+* the *softmax* warpgroup turns scores into probabilities, scales the output anew when it must, and writes results;
+* one thread of the *product* warpgroup issues every matrix product, in the order in which the tensor core runs them;
+* the *producer* keeps TMA loads in flight.
+
+Scores, output and, for 128 rows, probabilities and most of Q live in tensor memory (TMEM), 512 columns of 128 lanes of
+4 bytes. A block's tile in shared memory is both K (transposed) and V, in *groups* of columns that arrive and are freed
+one by one: those that are no V as soon as the scores are there.
+
+Two designs, one code. `tile_rows` 64: a CTA has all 512 output columns. The products run at half rate, and the tensor
+core's left operands cannot lie in TMEM; it is meant for few heads, where memory binds. Each block is scored when the
+previous one has been weighted, so that nothing delays the loads.
+
+`tile_rows` 128: a row's output would take all of TMEM, so two CTAs share a tile. Each scores all 576 columns, and
+weights its own half of V. What is Q for the other columns lies in TMEM, which takes it off shared memory's bandwidth,
+and leaves room for two blocks. The next block is scored while the softmax of this one runs.
+
+TMEM columns         | 64 rows              | 128 rows
+O                    | 256 (half the lanes) | 256
+S                    |  32                  |  64
+P                    |   - (shared memory)  |  32
+Q, other and rope    |   -                  | 160
+sum                  | 288                  | 512
+
+Shared memory, bytes | 64 rows              | 128 rows
+Q                    |  73 728              |  65 536 (this CTA's half)
+K, two blocks        | 147 456              | 147 456
+P                    |   8 192              |  -
+vectors, bias        |   2 048              |   2 048
+sum of 232 448       | 231 424              | 215 040
+
+The result is staged where Q was. docs/sm100.md has the schedule and the model of its performance.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels import mgpu, schedule
+from pallas_kernels.combine import NEVER, combine
+from pallas_kernels.dense_decode.config import DenseSm100Config, choose_sm100_config
+from pallas_kernels.dense_decode.work import BLOCK, D_V, Shape, Work, for_each_piece, zero_rows
+from pallas_kernels.mgpu import rows_to_tile, tile
+
+STAGES = 2  # blocks in shared memory
+HALF = 256  # output columns of a CTA, for 128 rows
+RESCALE_COLUMNS = 64  # of O in registers at a time
+NATIVE = plgpu.Layout.TCGEN05_TMEM_NATIVE  # one row of 128 a thread
+FACTOR, LSE = range(2)  # rows of `vectors`
+
+
+class Design:
+    """What depends on `tile_rows`: column groups, layouts, buffers."""
+
+    def __init__(self, tile_rows: int, d_qk: int):
+        self.rows = tile_rows
+        self.d_qk = d_qk
+        self.halves = tile_rows // 64
+        self.columns = D_V // self.halves  # of the output, in a CTA
+        self.q_in_tmem = self.p_in_tmem = self.scores_ahead = tile_rows == 128
+        # M=64 products want 8 tile columns of at most half of their N, which is 64 for the scores.
+        self.swizzle_bytes = 64 if tile_rows == 64 else 128
+        # Registers: of scores and of output rows while they are scaled; of results on their way to memory.
+        self.layout = NATIVE if tile_rows == 128 else plgpu.Layout.WGMMA
+        self.result_layout = plgpu.Layout.TCGEN05 if tile_rows == 128 else plgpu.Layout.WGMMA
+        # Groups of columns by width, in the order in which they are loaded and scored; V's come last.
+        rope = {"rope": d_qk - D_V} if d_qk > D_V else {}
+        if tile_rows == 64:
+            # O is one array a group: an M=64 array in TMEM cannot be sliced.
+            self.value_groups = {f"value{i}": 128 for i in range(4)}
+            self.key_groups = rope
+        else:
+            self.value_groups = {"value": HALF}
+            self.key_groups = {"other": HALF} | rope
+        self.groups = self.key_groups | self.value_groups
+
+    def first_column(self, group: str, half: jax.Array) -> Any:
+        """Where a group's columns begin in a cache row."""
+        if group == "rope":
+            return D_V
+        if self.rows == 64:
+            return 128 * int(group.removeprefix("value"))
+        return (half if group == "value" else 1 - half) * HALF
+
+    def smem(self) -> dict[str, Any]:
+        """Shared-memory buffers by name."""
+        buffers = {
+            "q": tile((self.rows, self.d_qk if self.rows == 64 else HALF), swizzle_bytes=self.swizzle_bytes),
+            "vectors": plgpu.SMEM((2, self.rows), jnp.float32),
+            # What to add to the scores of rows that are gathered one by one: 0 or, for tokens that are no keys, -inf.
+            "bias": plgpu.SMEM((STAGES, BLOCK), jnp.float32),
+        }
+        for group, width in self.groups.items():
+            buffers[group] = tile((STAGES, BLOCK, width), swizzle_bytes=self.swizzle_bytes)
+        if not self.p_in_tmem:
+            buffers["p"] = tile((self.rows, BLOCK))
+        return buffers
+
+    def tmem(self) -> dict[str, Any]:
+        """Arrays in TMEM by name; the output of value group g is `out_g`."""
+        arrays = {f"out_{group}": plgpu.TMEM((self.rows, width), jnp.float32) for group, width in self.value_groups.items()}
+        arrays["scores"] = plgpu.TMEM((self.rows, BLOCK), jnp.float32)
+        if self.p_in_tmem:
+            arrays["p"] = plgpu.TMEM((self.rows, BLOCK), jnp.bfloat16, packed=True)
+        if self.q_in_tmem:
+            for group, width in self.key_groups.items():
+                arrays[f"q_{group}"] = plgpu.TMEM((self.rows, width), jnp.bfloat16, packed=True)
+        return arrays
+
+    def barriers(self, copies: int) -> dict[str, Any]:
+        """mbarriers by name. `copies`: TMA copies that fill one group of a block."""
+        ordered = functools.partial(plgpu.Barrier, orders_tensor_core=True)
+        found = {
+            "q": plgpu.Barrier(),  # producer -> product: Q is in shared memory
+            "free_q": plgpu.Barrier(),  # softmax -> producer: Q's place may be overwritten
+            "q_tmem": ordered(),  # softmax -> product: Q is in TMEM
+            "scores": ordered(),  # product -> softmax: scores are complete
+            "free_scores": ordered(),  # softmax -> product: scores are in registers
+            "p": ordered(),  # softmax -> product: P is written and the output scaled
+            "out": ordered(),  # product -> softmax: a block's weighted values are added
+        }
+        if not self.q_in_tmem:
+            del found["q_tmem"]
+        for group in self.groups:
+            found[f"full_{group}"] = plgpu.Barrier(num_arrivals=copies, num_barriers=STAGES)
+            found[f"free_{group}"] = ordered(num_barriers=STAGES)  # product -> producer: a stage may be overwritten
+        return found
+
+    def q_part(self, refs: dict[str, Any], group: str, width: int) -> Any:
+        """The columns of Q that go with a group of K: an operand of a product."""
+        if self.q_in_tmem:
+            return refs["q"] if group in self.value_groups else refs[f"q_{group}"]
+        first = self.first_column(group, jnp.int32(0))
+        return refs["q"].at[:, pl.ds(first, width)]
+
+
+def _stage(count):
+    """Where the block that `count` others precede, in this CTA, lies in shared memory."""
+    return lax.rem(count, jnp.int32(STAGES))
+
+
+# ------------------------------------------------------------------------------------------------ products
+
+
+def _products(*, shape, design, part, inputs, refs, bars):
+    """One thread: S = Q K^T and O += P V of every block, as commands to the tensor core."""
+
+    def scores(stage):
+        plgpu.barrier_wait(bars["free_scores"])
+        for index, (group, width) in enumerate(design.groups.items()):
+            plgpu.barrier_wait(bars[f"full_{group}"].at[stage])
+            keys = refs[group].at[stage].transpose((1, 0))  # [width, BLOCK]
+            plgpu.tcgen05_mma(
+                refs["scores"], design.q_part(refs, group, width), keys, accumulate=index > 0
+            )
+            if group in design.key_groups:
+                plgpu.tcgen05_commit_arrive(bars[f"free_{group}"].at[stage])
+        plgpu.tcgen05_commit_arrive(bars["scores"])
+
+    def values(block, stage):
+        plgpu.barrier_wait(bars["p"])
+        for group in design.value_groups:
+            plgpu.tcgen05_mma(refs[f"out_{group}"], refs["p"], refs[group].at[stage], accumulate=block > 0)
+            plgpu.tcgen05_commit_arrive(bars[f"free_{group}"].at[stage])
+        plgpu.tcgen05_commit_arrive(bars["out"])
+
+    def piece(index, count):
+        work = Work(shape, index, inputs["pieces"], inputs["seqlens"], inputs["table"])
+        plgpu.barrier_wait(bars["q"])
+        if design.q_in_tmem:
+            plgpu.barrier_wait(bars["q_tmem"])
+        if design.scores_ahead:
+            scores(_stage(count))
+
+        def block(i):
+            if design.scores_ahead:
+                pl.when(i + 1 < work.num_blocks)(lambda: scores(_stage(count + i + 1)))
+            else:
+                scores(_stage(count + i))
+            values(i, _stage(count + i))
+
+        pl.loop(0, work.num_blocks)(block)
+        return count + work.num_blocks
+
+    for group in design.groups:
+        for stage in range(STAGES):
+            plgpu.tcgen05_commit_arrive(bars[f"free_{group}"].at[stage])  # nothing is in flight: free from the start
+    for_each_piece(part, inputs["parts"], piece, jnp.int32(0))
+    plgpu.barrier_wait(bars["free_scores"])  # every arrival is waited for, also the last
+
+
+# ------------------------------------------------------------------------------------------------ softmax
+
+
+def _load_q(work, *, design, half, tile_index, inputs, refs):
+    """Q's columns for the key groups: from global memory to TMEM, a row a thread."""
+    rows = pl.ds(tile_index * design.rows, design.rows)
+    for group, width in design.key_groups.items():
+        for column in range(0, width, RESCALE_COLUMNS):
+            columns = pl.ds(design.first_column(group, half) + column, RESCALE_COLUMNS)
+            values = plgpu.load(inputs["q"].at[work.item, rows, columns], layout=NATIVE)  # bf16 [rows, 64]
+            plgpu.async_store_tmem(refs[f"q_{group}"].at[:, pl.ds(column, RESCALE_COLUMNS)], values)
+    plgpu.commit_tmem()
+
+
+def _output_parts(design, refs):
+    """[(columns of the CTA's output, their array in TMEM)], as many columns as fit registers."""
+    if design.rows == 64:
+        widths = design.value_groups.values()
+        return [(i * width, refs[f"out_{g}"]) for i, (g, width) in enumerate(zip(design.value_groups, widths, strict=True))]
+    out = refs["out_value"]
+    return [(c, out.at[:, pl.ds(c, RESCALE_COLUMNS)]) for c in range(0, HALF, RESCALE_COLUMNS)]
+
+
+def _softmax_step(i, carry, *, work, count, design, config, tile_index, refs, bars, ops, scale2):
+    """One block: scores -> P, with the running maximum and sum of each row."""
+    maximum, total = carry  # [rows] each; the maximum is of base-2 scores
+    block, stage = work.first_block + i, _stage(count + i)
+    room = work.room(block)  # its loads come back while the scores are computed
+    plgpu.barrier_wait(bars["scores"])
+    scores = plgpu.async_load_tmem(refs["scores"], layout=design.layout)  # f32 [rows, BLOCK]
+    plgpu.wait_load_tmem()
+    plgpu.barrier_arrive(bars["free_scores"])
+    dyn = mgpu.opaque_zero(i)
+    scores = work.mask(scores, block, room, tile_index, refs["bias"].at[stage], dyn, design.layout)
+    row_max = scores.max(axis=1) * scale2  # [rows]
+    # Weights may exceed 1 as long as float32 sums do not mind: what was added so far is seldom scaled.
+    grown = row_max - (maximum + config.rescale_above)  # [rows]
+    new_max = jnp.where(grown > 0, row_max, maximum)  # [rows]
+    p = jnp.exp2(scores * scale2 - rows_to_tile(new_max, scores.shape))  # [rows, BLOCK]
+    rescale = jnp.exp2(maximum - new_max)  # [rows]
+    total = total * rescale + p.sum(axis=1)
+    must_rescale = ops.any_positive(grown, design.layout.reduce(1)) & (i > 0)
+
+    @pl.when(i > 0)
+    def _():
+        plgpu.barrier_wait(bars["out"])  # the previous block's: P and the output are ours
+
+    @pl.when(must_rescale)
+    def _():
+        for _, out in _output_parts(design, refs):
+            values = plgpu.async_load_tmem(out, layout=design.layout)  # f32 [rows, 64 or 128]
+            plgpu.wait_load_tmem()
+            plgpu.async_store_tmem(out, values * rows_to_tile(rescale, values.shape))
+        plgpu.commit_tmem()
+
+    if design.p_in_tmem:
+        plgpu.async_store_tmem(refs["p"], p.astype(jnp.bfloat16))
+        plgpu.commit_tmem()
+    else:
+        refs["p"][...] = p.astype(jnp.bfloat16)
+        plgpu.commit_smem()
+    for group in design.value_groups:
+        zero_rows(refs[group].at[stage], work, block)
+    plgpu.barrier_arrive(bars["p"])
+    return new_max, total
+
+
+def _store_result(maximum, total, *, work, design, half, tile_index, refs, outs):
+    """Normalises, and writes the result of an unsplit item or the partial result of a piece."""
+    vectors = refs["vectors"]
+    is_empty = total == 0.0  # [rows]: no key was seen
+    lse2 = maximum + jnp.log2(total)  # [rows]
+    lse2 = jnp.where(is_empty, jnp.full_like(lse2, -jnp.inf), lse2)
+    # The first weight of a row is 1, so the sum is 0 or at least 1. To another layout by way of shared memory.
+    vectors[FACTOR] = 1.0 / jnp.maximum(total, 0.5)
+    vectors[LSE] = lse2 * jnp.where(work.is_split, jnp.float32(1), jnp.float32(mgpu.LN_2))
+    plgpu.commit_smem()
+    factor = plgpu.load(vectors.at[FACTOR], layout=design.result_layout.reduce(1))  # [rows]
+    rows = pl.ds(tile_index * design.rows, design.rows)
+
+    def results():
+        """(columns of the CTA's output, f32 [rows, columns])"""
+        for column, out in _output_parts(design, refs):
+            values = plgpu.async_load_tmem(out, layout=design.result_layout)
+            plgpu.wait_load_tmem()
+            yield pl.ds(column, values.shape[1]), values * rows_to_tile(factor, values.shape)
+
+    def store_lse(to, row):
+        @pl.when(half == 0)
+        def _():
+            plgpu.copy_smem_to_gmem(vectors.at[LSE], to.at[row, rows])
+
+    @pl.when(jnp.logical_not(work.is_split))
+    def _():
+        staging = refs["q"].at[:, pl.ds(0, design.columns)]  # the scores are done with it
+        for columns, values in results():
+            staging.at[:, columns][...] = values.astype(jnp.bfloat16)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(staging, outs["out"].at[work.item, rows, pl.ds(half * design.columns, design.columns)])
+        store_lse(outs["lse"], work.item)
+
+    @pl.when(work.is_split)
+    def _():
+        for columns, values in results():
+            columns = pl.ds(half * design.columns + columns.start, columns.size)
+            outs["partial_out"][work.piece, rows, columns] = values
+        store_lse(outs["partial_lse2"], work.piece)
+
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+
+def _softmax(*, shape, design, config, part, tile_index, half, inputs, outs, refs, bars, ops):
+    """The warpgroup that does all arithmetic but the products."""
+    scale2 = inputs["sm_scale"][0] * mgpu.LOG2_E
+    plgpu.barrier_arrive(bars["free_scores"])
+    plgpu.barrier_arrive(bars["free_q"])
+
+    def piece(index, count):
+        work = Work(shape, index, inputs["pieces"], inputs["seqlens"], inputs["table"])
+        if design.q_in_tmem:
+            _load_q(work, design=design, half=half, tile_index=tile_index, inputs=inputs, refs=refs)
+            plgpu.barrier_arrive(bars["q_tmem"])
+        row_layout = design.layout.reduce(1)
+        maximum = plgpu.layout_cast(jnp.full((design.rows,), NEVER, jnp.float32), row_layout)  # [rows]
+        total = plgpu.layout_cast(jnp.zeros((design.rows,), jnp.float32), row_layout)  # [rows]
+        step = functools.partial(
+            _softmax_step, work=work, count=count, design=design, config=config, tile_index=tile_index, refs=refs,
+            bars=bars, ops=ops, scale2=scale2,
+        )  # fmt: skip
+        maximum, total = lax.fori_loop(0, work.num_blocks, step, (maximum, total))
+        plgpu.barrier_wait(bars["out"])
+        _store_result(
+            maximum, total, work=work, design=design, half=half, tile_index=tile_index, refs=refs, outs=outs
+        )
+        plgpu.barrier_arrive(bars["free_q"])
+        return count + work.num_blocks
+
+    for_each_piece(part, inputs["parts"], piece, jnp.int32(0))
+
+
+# ------------------------------------------------------------------------------------------------ producer
+
+
+def _producer(*, shape, design, part, tile_index, half, inputs, refs, bars, ops):
+    """Fetches Q once a piece, and the groups of each block as their places become free."""
+
+    def fetch(group, width, work, block, stage):
+        plgpu.barrier_wait(bars[f"free_{group}"].at[stage])
+        first = design.first_column(group, half)
+        if not shape.uses_tma:
+            end_token = jnp.minimum(work.tokens, work.end_block * BLOCK)
+            rows = mgpu.GatherRows(work.item, block * BLOCK, end_token, first, design.swizzle_bytes)
+            # With the group that is freed last, when the scores have been masked.
+            bias = refs["bias"].at[stage] if group == list(design.groups)[-1] else None
+            ops.gather_rows(inputs["kv"], inputs["table"], refs[group].at[stage], bias, rows)
+            plgpu.barrier_arrive(bars[f"full_{group}"].at[stage])
+            return
+        for index, (page, row) in enumerate(work.pages(block)):
+            plgpu.copy_gmem_to_smem(
+                inputs["kv"].at[page, pl.ds(row, shape.chunk), pl.ds(first, width)],
+                refs[group].at[stage, pl.ds(index * shape.chunk, shape.chunk)],
+                bars[f"full_{group}"].at[stage],
+            )
+
+    def piece(index, count):
+        work = Work(shape, index, inputs["pieces"], inputs["seqlens"], inputs["table"])
+        rows = pl.ds(tile_index * design.rows, design.rows)
+        columns = pl.ds(half * HALF, HALF) if design.q_in_tmem else pl.ds(0, shape.d_qk)
+        plgpu.barrier_wait(bars["free_q"])
+        plgpu.copy_gmem_to_smem(inputs["q"].at[work.item, rows, columns], refs["q"], bars["q"])
+
+        def block(i):
+            for group, width in design.groups.items():
+                fetch(group, width, work, work.first_block + i, _stage(count + i))
+
+        pl.loop(0, work.num_blocks)(block)
+        return count + work.num_blocks
+
+    def run():
+        for_each_piece(part, inputs["parts"], piece, jnp.int32(0))
+        # Every arrival is waited for, also the last of each place.
+        plgpu.barrier_wait(bars["free_q"])
+        for group in design.groups:
+            for stage in range(STAGES):
+                plgpu.barrier_wait(bars[f"free_{group}"].at[stage])
+
+    if shape.uses_tma:
+        ops.producer_warp(run)
+    else:
+        run()
+
+
+# ------------------------------------------------------------------------------------------------ host
+
+
+def _kernel_body(*args, shape, design, config, ops, table_given, **scratch):
+    names = ["q", "kv", "parts", "pieces", "seqlens", "sm_scale"] + (["table"] if table_given else [])
+    inputs = {"table": None, **dict(zip(names, args, strict=False))}
+    outs = dict(zip(["out", "lse", "partial_out", "partial_lse2"], args[len(names) :], strict=True))
+    bars = scratch.pop("bars")
+    if config.overlap_combine:
+        ops.launch_dependents()
+    common = {
+        "shape": shape, "design": design, "part": lax.axis_index("part"), "inputs": inputs, "refs": scratch,
+        "bars": bars,
+    }  # fmt: skip
+    place = {"tile_index": lax.axis_index("tile"), "half": lax.axis_index("half"), "ops": ops}
+    group = lax.axis_index("warpgroup")
+    pl.when(group == 0)(lambda: _softmax(config=config, outs=outs, **place, **common))
+    pl.when(group == 1)(lambda: ops.producer_warp(functools.partial(_products, **common)))
+    pl.when(group == 2)(lambda: _producer(**place, **common))
+
+
+def dense_decode(
+    q: jax.Array,
+    kv: jax.Array,
+    block_table: jax.Array | None,
+    cache_seqlens: jax.Array,
+    plan: schedule.SplitPlan,
+    sm_scale: jax.Array,
+    *,
+    is_causal: bool,
+    d_v: int,
+    config: DenseSm100Config | None = None,
+    interpret: Any = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Attention of each request's query rows over its cached tokens: the arguments of `sm90.dense_decode`."""
+    table_width = None if block_table is None else block_table.shape[1]
+    config = config or choose_sm100_config(q.shape[1] * q.shape[2])
+    shape = Shape(q.shape, kv.shape, table_width, is_causal, config.tile_rows)
+    plan.check(
+        op="dense", batch=shape.batch, s_q=shape.s_q, num_heads=shape.heads, page_size=shape.page_size
+    )
+    if shape.batch == 0 or shape.num_pages == 0 or shape.capacity == 0:
+        out = jnp.zeros((*q.shape[:3], d_v), q.dtype)  # [b, s_q, h, d_v]
+        return out, jnp.full(q.shape[:3], -jnp.inf, jnp.float32)
+    design = Design(config.tile_rows, shape.d_qk)
+    ops = mgpu.operations(interpret)
+
+    scratch = design.smem() | {"bars": design.barriers(BLOCK // shape.chunk if shape.uses_tma else 1)}
+    if (needed := mgpu.smem_bytes(scratch)) > mgpu.MAX_SMEM_BYTES:
+        raise ValueError(f"the dense kernel needs {needed} bytes of shared memory of {mgpu.MAX_SMEM_BYTES}")
+
+    padded_rows = shape.tiles * design.rows
+    out_type = (
+        jax.ShapeDtypeStruct((shape.batch, shape.tma_rows, d_v), jnp.bfloat16),
+        jax.ShapeDtypeStruct((shape.batch, padded_rows), jnp.float32),
+        jax.ShapeDtypeStruct((plan.max_pieces, padded_rows, d_v), jnp.float32),
+        jax.ShapeDtypeStruct((plan.max_pieces, padded_rows), jnp.float32),
+    )
+    # TMA fills up the rows that a tile lacks; what goes to TMEM does not come by TMA.
+    q_rows = q.reshape(shape.batch, shape.rows, shape.d_qk)  # [b, s_q * h, d_qk]
+    missing = (padded_rows if design.q_in_tmem else shape.tma_rows) - shape.rows
+    if missing:
+        q_rows = jnp.pad(q_rows, ((0, 0), (0, missing), (0, 0)))  # [b, tma_rows or padded_rows, d_qk]
+    operands = [
+        q_rows,
+        kv,
+        plan.parts,
+        plan.pieces,
+        cache_seqlens,
+        jnp.asarray(sm_scale, jnp.float32).reshape(1),
+    ] + ([] if block_table is None else [block_table])
+    out, lse, partial_out, partial_lse2 = plgpu.kernel(
+        functools.partial(
+            _kernel_body, shape=shape, design=design, config=config, ops=ops, table_given=block_table is not None
+        ),
+        out_type=out_type,
+        grid=(plan.num_parts, shape.tiles, design.halves),
+        grid_names=("part", "tile", "half"),
+        num_threads=3,
+        thread_name="warpgroup",
+        scratch_types=scratch | design.tmem(),
+        kernel_name="mla_dense_decode",
+        interpret=interpret,
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0
+        ),
+    )(*operands)
+    if plan.max_pieces > shape.batch:
+        out, lse = combine(
+            out, lse, partial_out, partial_lse2, plan.splits, rows_per_cta=config.combine_rows, interpret=interpret
+        )
+    return out[:, : shape.rows].reshape(*q.shape[:3], d_v), lse[:, : shape.rows].reshape(q.shape[:3])
