@@ -117,6 +117,8 @@ class Report:
             found.append(f"{self.smem_bytes} bytes of shared memory, more than {mgpu.MAX_SMEM_BYTES}")
         if self.tmem_columns > MAX_TMEM_COLUMNS:
             found.append(f"{self.tmem_columns} columns of tensor memory, more than {MAX_TMEM_COLUMNS}")
+        if "decode" in self.kernel and not any(self.counts.get(op) for op in MULTIPLY):
+            found.append("no tensor core instruction")
         for loop in self.loops:
             stores, loads = loop.counts.get("STL", 0), loop.counts.get("LDL", 0)
             if loop.multiplies and stores + loads > MAX_SPILLS_IN_LOOP:

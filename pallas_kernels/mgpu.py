@@ -13,8 +13,9 @@ kernel that is proved:
 | `gather_rows` | `cp.async`, 16 bytes each | one plain copy a row |
 | `any_positive` | a vote of the warpgroup (`bar.red.or`) | a plain reduction |
 
-Tensor memory, tcgen05 and their barriers, which SM90 does not have, need no substitution. The interpreter lacks wgmma with an operand or an initial accumulator in registers; tests/kernels/interpreter.py
-teaches it those, and race-checks what wgmma reads.
+Tensor memory, tcgen05 and their barriers, which SM90 does not have, need no substitution. The interpreter lacks wgmma
+with an operand or an initial accumulator in registers; tests/kernels/interpreter.py teaches it those, and race-checks
+what wgmma reads.
 """
 
 from __future__ import annotations
@@ -200,13 +201,14 @@ class Hardware:
         """
 
         @plgpu.inline_mgpu(
-            arg_types=(layout,), return_type=plgpu.ShapeDtypeStruct((), jnp.int32, plgpu.Layout.WG_SPLAT)
+            arg_types=(layout,), return_type=plgpu.ShapeDtypeStruct((), jnp.dtype(jnp.int32), plgpu.Layout.WG_SPLAT)
         )
         def vote(_, x):
             i32 = ir.IntegerType.get_signless(32)
             zero = arith.ConstantOp(x.mlir_dtype, ir.FloatAttr.get(x.mlir_dtype, 0.0)).result  # type: ignore
-            flag = arith.ConstantOp(i32, ir.IntegerAttr.get(i32, 0)).result  # type: ignore
-            for value in x.registers.flat:
+            flag = first = arith.ConstantOp(i32, ir.IntegerAttr.get(i32, 0)).result  # type: ignore
+            for vector in x.registers.flat:
+                value = llvm.extractelement(vector, first)
                 flag = arith.ori(flag, arith.extui(i32, arith.cmpf(arith.CmpFPredicate.OGT, value, zero)))
             text = (
                 "{ .reg .pred p; setp.ne.s32 p, $1, 0; "

@@ -10,13 +10,15 @@ import jax.numpy as jnp
 
 from pallas_kernels import architectures
 from pallas_kernels.dense_decode.config import DenseConfig as DenseConfig
+from pallas_kernels.dense_decode.config import DenseSm100Config as DenseSm100Config
 from pallas_kernels.dense_decode.config import choose_config as choose_config
+from pallas_kernels.dense_decode.config import choose_sm100_config as choose_sm100_config
 
 D_QK = (576, 512)
 D_V = 512
-MODULES = {9: "sm90"}
+MODULES = {9: "sm90", 10: "sm100"}
 """Major compute capability -> module."""
-CONFIGS = {"sm90": DenseConfig}
+CONFIGS: dict[str, type] = {"sm90": DenseConfig, "sm100": DenseSm100Config}
 """Module -> type of its `config`."""
 
 

@@ -1,7 +1,8 @@
 """The dense kernel's configurations, for ahead-of-time compilation (pallas_kernels/aot.py).
 
 What a shape changes in the machine code: how rows of a block are fetched (one TMA box, several, row by row), d_qk, the
-causal mask, and whether there is a table. Batch, head count and lengths only change loop bounds and strides.
+causal mask, whether there is a table, and, on SM100, the rows of a tile, which the head count decides. Batch and
+lengths only change loop bounds and strides.
 """
 
 from __future__ import annotations
@@ -26,10 +27,12 @@ def configurations(arch: str) -> dict[str, tuple[Callable, tuple[Any, ...]]]:
         "dense-causal": _case(s_q=2, is_causal=True),
         "dense-d512": _case(d_qk=512),
         "dense-h3": _case(heads=3),
+        "dense-h16-d512-causal": _case(s_q=3, heads=16, d_qk=512, is_causal=True),
         "dense-page128": _case(page_size=128),
         "dense-page32": _case(page_size=32),
         "dense-page16-causal": _case(s_q=2, page_size=16, is_causal=True),
         "dense-page1": _case(page_size=1),
+        "dense-page1-h8": _case(page_size=1, heads=8),
         "dense-page61-causal": _case(s_q=2, page_size=61, is_causal=True),
         "dense-contiguous": _case(page_size=1024, has_table=False),
     }

@@ -54,9 +54,11 @@ from pallas_kernels.mgpu import rows_to_tile, tile
 
 STAGES = 2  # blocks in shared memory
 HALF = 256  # output columns of a CTA, for 128 rows
-RESCALE_COLUMNS = 64  # of O in registers at a time
+PART_COLUMNS = 64  # of O or Q in registers at a time, for 128 rows
 NATIVE = plgpu.Layout.TCGEN05_TMEM_NATIVE  # one row of 128 a thread
 FACTOR, LSE = range(2)  # rows of `vectors`
+# A thread; of 504 in all (mgpu.MAX_REGISTERS). With these ptxas keeps all tiles in registers (`mla-jax aot`).
+SOFTMAX_REGISTERS, PRODUCT_REGISTERS, PRODUCER_REGISTERS = 240, 136, 128
 
 
 class Design:
@@ -76,8 +78,8 @@ class Design:
         # Groups of columns by width, in the order in which they are loaded and scored; V's come last.
         rope = {"rope": d_qk - D_V} if d_qk > D_V else {}
         if tile_rows == 64:
-            # O is one array a group: an M=64 array in TMEM cannot be sliced.
-            self.value_groups = {f"value{i}": 128 for i in range(4)}
+            # O is one array a group: an M=64 array in TMEM cannot be sliced. Wide, since each product reads P again.
+            self.value_groups = {"value0": HALF, "value1": HALF}
             self.key_groups = rope
         else:
             self.value_groups = {"value": HALF}
@@ -89,26 +91,31 @@ class Design:
         if group == "rope":
             return D_V
         if self.rows == 64:
-            return 128 * int(group.removeprefix("value"))
+            return HALF * int(group.removeprefix("value"))
         return (half if group == "value" else 1 - half) * HALF
 
     def smem(self) -> dict[str, Any]:
         """Shared-memory buffers by name."""
         buffers = {
-            "q": tile((self.rows, self.d_qk if self.rows == 64 else HALF), swizzle_bytes=self.swizzle_bytes),
+            # A result of the same size is staged in it.
+            "q": tile((self.rows, self.columns), swizzle_bytes=self.swizzle_bytes),
             "vectors": plgpu.SMEM((2, self.rows), jnp.float32),
             # What to add to the scores of rows that are gathered one by one: 0 or, for tokens that are no keys, -inf.
             "bias": plgpu.SMEM((STAGES, BLOCK), jnp.float32),
         }
         for group, width in self.groups.items():
             buffers[group] = tile((STAGES, BLOCK, width), swizzle_bytes=self.swizzle_bytes)
+        if not self.q_in_tmem and "rope" in self.groups:
+            buffers["q_rope"] = tile((self.rows, self.groups["rope"]), swizzle_bytes=self.swizzle_bytes)
         if not self.p_in_tmem:
             buffers["p"] = tile((self.rows, BLOCK))
         return buffers
 
     def tmem(self) -> dict[str, Any]:
         """Arrays in TMEM by name; the output of value group g is `out_g`."""
-        arrays = {f"out_{group}": plgpu.TMEM((self.rows, width), jnp.float32) for group, width in self.value_groups.items()}
+        arrays = {}
+        for group, width in self.value_groups.items():
+            arrays[f"out_{group}"] = plgpu.TMEM((self.rows, width), jnp.float32)
         arrays["scores"] = plgpu.TMEM((self.rows, BLOCK), jnp.float32)
         if self.p_in_tmem:
             arrays["p"] = plgpu.TMEM((self.rows, BLOCK), jnp.bfloat16, packed=True)
@@ -120,8 +127,9 @@ class Design:
     def barriers(self, copies: int) -> dict[str, Any]:
         """mbarriers by name. `copies`: TMA copies that fill one group of a block."""
         ordered = functools.partial(plgpu.Barrier, orders_tensor_core=True)
+        q_copies = 2 if "rope" in self.groups and not self.q_in_tmem else 1
         found = {
-            "q": plgpu.Barrier(),  # producer -> product: Q is in shared memory
+            "q": plgpu.Barrier(num_arrivals=q_copies),  # producer -> product: Q is in shared memory
             "free_q": plgpu.Barrier(),  # softmax -> producer: Q's place may be overwritten
             "q_tmem": ordered(),  # softmax -> product: Q is in TMEM
             "scores": ordered(),  # product -> softmax: scores are complete
@@ -138,10 +146,9 @@ class Design:
 
     def q_part(self, refs: dict[str, Any], group: str, width: int) -> Any:
         """The columns of Q that go with a group of K: an operand of a product."""
-        if self.q_in_tmem:
-            return refs["q"] if group in self.value_groups else refs[f"q_{group}"]
-        first = self.first_column(group, jnp.int32(0))
-        return refs["q"].at[:, pl.ds(first, width)]
+        if group in self.key_groups:
+            return refs[f"q_{group}"]
+        return refs["q"] if self.q_in_tmem else refs["q"].at[:, pl.ds(self.first_column(group, jnp.int32(0)), width)]
 
 
 def _stage(count):
@@ -152,8 +159,9 @@ def _stage(count):
 # ------------------------------------------------------------------------------------------------ products
 
 
-def _products(*, shape, design, part, inputs, refs, bars):
+def _products(*, shape, design, part, inputs, refs, bars, ops):
     """One thread: S = Q K^T and O += P V of every block, as commands to the tensor core."""
+    plgpu.set_max_registers(PRODUCT_REGISTERS, action="decrease")
 
     def scores(stage):
         plgpu.barrier_wait(bars["free_scores"])
@@ -192,11 +200,14 @@ def _products(*, shape, design, part, inputs, refs, bars):
         pl.loop(0, work.num_blocks)(block)
         return count + work.num_blocks
 
-    for group in design.groups:
-        for stage in range(STAGES):
-            plgpu.tcgen05_commit_arrive(bars[f"free_{group}"].at[stage])  # nothing is in flight: free from the start
-    for_each_piece(part, inputs["parts"], piece, jnp.int32(0))
-    plgpu.barrier_wait(bars["free_scores"])  # every arrival is waited for, also the last
+    def run():
+        for group in design.groups:
+            for stage in range(STAGES):
+                plgpu.tcgen05_commit_arrive(bars[f"free_{group}"].at[stage])  # nothing is in flight: free at once
+        for_each_piece(part, inputs["parts"], piece, jnp.int32(0))
+        plgpu.barrier_wait(bars["free_scores"])  # every arrival is waited for, also the last
+
+    ops.producer_warp(run)
 
 
 # ------------------------------------------------------------------------------------------------ softmax
@@ -206,20 +217,21 @@ def _load_q(work, *, design, half, tile_index, inputs, refs):
     """Q's columns for the key groups: from global memory to TMEM, a row a thread."""
     rows = pl.ds(tile_index * design.rows, design.rows)
     for group, width in design.key_groups.items():
-        for column in range(0, width, RESCALE_COLUMNS):
-            columns = pl.ds(design.first_column(group, half) + column, RESCALE_COLUMNS)
-            values = plgpu.load(inputs["q"].at[work.item, rows, columns], layout=NATIVE)  # bf16 [rows, 64]
-            plgpu.async_store_tmem(refs[f"q_{group}"].at[:, pl.ds(column, RESCALE_COLUMNS)], values)
+        for column in range(0, width, PART_COLUMNS):
+            columns = pl.ds(design.first_column(group, half) + column, PART_COLUMNS)
+            # 16 bytes a load. (Pallas calls a transfer optimized if it goes to shared memory.)
+            values = plgpu.load(inputs["q"].at[work.item, rows, columns], layout=NATIVE(8), optimized=False)
+            values = plgpu.layout_cast(values, NATIVE)  # bf16 [rows, 64]
+            plgpu.async_store_tmem(refs[f"q_{group}"].at[:, pl.ds(column, PART_COLUMNS)], values)
     plgpu.commit_tmem()
 
 
 def _output_parts(design, refs):
     """[(columns of the CTA's output, their array in TMEM)], as many columns as fit registers."""
     if design.rows == 64:
-        widths = design.value_groups.values()
-        return [(i * width, refs[f"out_{g}"]) for i, (g, width) in enumerate(zip(design.value_groups, widths, strict=True))]
+        return [(i * HALF, refs[f"out_{group}"]) for i, group in enumerate(design.value_groups)]
     out = refs["out_value"]
-    return [(c, out.at[:, pl.ds(c, RESCALE_COLUMNS)]) for c in range(0, HALF, RESCALE_COLUMNS)]
+    return [(c, out.at[:, pl.ds(c, PART_COLUMNS)]) for c in range(0, HALF, PART_COLUMNS)]
 
 
 def _softmax_step(i, carry, *, work, count, design, config, tile_index, refs, bars, ops, scale2):
@@ -246,22 +258,22 @@ def _softmax_step(i, carry, *, work, count, design, config, tile_index, refs, ba
     def _():
         plgpu.barrier_wait(bars["out"])  # the previous block's: P and the output are ours
 
+    if design.p_in_tmem:
+        plgpu.async_store_tmem(refs["p"], p.astype(jnp.bfloat16))
+    else:
+        refs["p"][...] = p.astype(jnp.bfloat16)
+
     @pl.when(must_rescale)
     def _():
         for _, out in _output_parts(design, refs):
-            values = plgpu.async_load_tmem(out, layout=design.layout)  # f32 [rows, 64 or 128]
+            values = plgpu.async_load_tmem(out, layout=design.layout)  # f32 [rows, 256 or 64]
             plgpu.wait_load_tmem()
             plgpu.async_store_tmem(out, values * rows_to_tile(rescale, values.shape))
         plgpu.commit_tmem()
 
-    if design.p_in_tmem:
-        plgpu.async_store_tmem(refs["p"], p.astype(jnp.bfloat16))
-        plgpu.commit_tmem()
-    else:
-        refs["p"][...] = p.astype(jnp.bfloat16)
-        plgpu.commit_smem()
+    (plgpu.commit_tmem if design.p_in_tmem else plgpu.commit_smem)()
     for group in design.value_groups:
-        zero_rows(refs[group].at[stage], work, block)
+        zero_rows(refs[group].at[stage], work, block, dyn)
     plgpu.barrier_arrive(bars["p"])
     return new_max, total
 
@@ -293,7 +305,7 @@ def _store_result(maximum, total, *, work, design, half, tile_index, refs, outs)
 
     @pl.when(jnp.logical_not(work.is_split))
     def _():
-        staging = refs["q"].at[:, pl.ds(0, design.columns)]  # the scores are done with it
+        staging = refs["q"]  # the scores are done with it
         for columns, values in results():
             staging.at[:, columns][...] = values.astype(jnp.bfloat16)
         plgpu.commit_smem()
@@ -312,6 +324,7 @@ def _store_result(maximum, total, *, work, design, half, tile_index, refs, outs)
 
 def _softmax(*, shape, design, config, part, tile_index, half, inputs, outs, refs, bars, ops):
     """The warpgroup that does all arithmetic but the products."""
+    plgpu.set_max_registers(SOFTMAX_REGISTERS, action="increase")
     scale2 = inputs["sm_scale"][0] * mgpu.LOG2_E
     plgpu.barrier_arrive(bars["free_scores"])
     plgpu.barrier_arrive(bars["free_q"])
@@ -344,6 +357,7 @@ def _softmax(*, shape, design, config, part, tile_index, half, inputs, outs, ref
 
 def _producer(*, shape, design, part, tile_index, half, inputs, refs, bars, ops):
     """Fetches Q once a piece, and the groups of each block as their places become free."""
+    plgpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
 
     def fetch(group, width, work, block, stage):
         plgpu.barrier_wait(bars[f"free_{group}"].at[stage])
@@ -366,9 +380,12 @@ def _producer(*, shape, design, part, tile_index, half, inputs, refs, bars, ops)
     def piece(index, count):
         work = Work(shape, index, inputs["pieces"], inputs["seqlens"], inputs["table"])
         rows = pl.ds(tile_index * design.rows, design.rows)
-        columns = pl.ds(half * HALF, HALF) if design.q_in_tmem else pl.ds(0, shape.d_qk)
+        columns = pl.ds(half * design.columns, design.columns)
         plgpu.barrier_wait(bars["free_q"])
         plgpu.copy_gmem_to_smem(inputs["q"].at[work.item, rows, columns], refs["q"], bars["q"])
+        if not design.q_in_tmem and shape.has_rope:
+            rope = pl.ds(D_V, shape.d_qk - D_V)
+            plgpu.copy_gmem_to_smem(inputs["q"].at[work.item, rows, rope], refs["q_rope"], bars["q"])
 
         def block(i):
             for group, width in design.groups.items():
@@ -408,7 +425,7 @@ def _kernel_body(*args, shape, design, config, ops, table_given, **scratch):
     place = {"tile_index": lax.axis_index("tile"), "half": lax.axis_index("half"), "ops": ops}
     group = lax.axis_index("warpgroup")
     pl.when(group == 0)(lambda: _softmax(config=config, outs=outs, **place, **common))
-    pl.when(group == 1)(lambda: ops.producer_warp(functools.partial(_products, **common)))
+    pl.when(group == 1)(lambda: _products(ops=ops, **common))
     pl.when(group == 2)(lambda: _producer(**place, **common))
 
 

@@ -113,8 +113,11 @@ class Work:
         return lax.cond(room < BLOCK + shape.causal_span, apply, lambda: scores)
 
 
-def zero_rows(buffer, work, block):
-    """Zeroes a V tile's rows behind the request's end, where the cache may hold anything: 0 * NaN is NaN."""
+def zero_rows(buffer, work, block, dyn=0):
+    """Zeroes a V tile's rows behind the request's end, where the cache may hold anything: 0 * NaN is NaN.
+
+    `dyn` (`opaque_zero`) keeps the row numbers from being computed once, outside of a loop, and spilled.
+    """
     room = work.tokens - block * BLOCK
 
     @pl.when((room > 0) & (room < BLOCK))
@@ -123,7 +126,7 @@ def zero_rows(buffer, work, block):
         for column in range(0, buffer.shape[1], BLOCK):
             part = buffer.at[:, pl.ds(column, BLOCK)]
             values = plgpu.load(part, layout=WGMMA)  # bf16 [BLOCK, 64]
-            row = plgpu.broadcasted_iota(jnp.int32, (BLOCK, BLOCK), 0, layout=WGMMA)  # [BLOCK, 64]
+            row = plgpu.broadcasted_iota(jnp.int32, (BLOCK, BLOCK), 0, layout=WGMMA) + dyn  # [BLOCK, 64]
             part[...] = jnp.where(row < room, values, jnp.zeros_like(values))
         plgpu.commit_smem()
 

@@ -23,7 +23,8 @@ cases = aot.configurations(sys.argv[1])
 for name in sys.argv[2].split(",") if len(sys.argv) > 2 else cases:
     for report in aot.compile_report(*cases[name], sys.argv[1]):
         assert not report.problems(), (name, report.kernel, report.problems())
-        print(name, report.kernel, report.registers, report.counts.get("HGMMA", 0), report.counts.get("UTMALDG", 0))
+        counts = [report.counts.get(op, 0) for op in ("HGMMA", "UTMALDG", "UTCHMMA", "LDTM")]
+        print(name, report.kernel, report.registers, *counts, report.tmem_columns, report.spill_store_bytes)
 """
 
 
@@ -40,9 +41,10 @@ def compile_in_child(*argv: str) -> list[list[str]]:
 
 @pytest.mark.slow
 @pytest.mark.aot
-def test_every_configuration_compiles():
-    rows = compile_in_child("sm_90a")
-    assert {row[0] for row in rows} == set(aot.configurations("sm_90a"))
+@pytest.mark.parametrize("arch", aot.TARGETS)
+def test_every_configuration_compiles(arch):
+    rows = compile_in_child(arch)
+    assert {row[0] for row in rows} == set(aot.configurations(arch))
 
 
 @pytest.mark.aot
@@ -52,6 +54,21 @@ def test_instructions_are_the_intended_ones():
     # Per side: the first scores (36), a pair in the loop (44), the last pair (8).
     assert int(dense[3]) == 2 * (36 + 44 + 8)
     assert int(dense[4]) == 2 + 6, "TMA loads: two of Q, and left, right, rope of two blocks"
+
+
+@pytest.mark.aot
+def test_sm100_instructions_are_the_intended_ones():
+    rows = compile_in_child("sm_103a", "dense,dense-h3")
+    (wide, narrow) = (row for row in rows if row[1] == "mla_dense_decode")
+    for row in (wide, narrow):
+        _, _, _, hgmma, _, _, loads, _, spilled_bytes = row
+        # A few loop bounds and addresses may be spilled, but no tile.
+        assert hgmma == "0" and int(loads) > 0 and int(spilled_bytes) <= 32
+    # 128 rows: the first scores (36 products of 16 columns), the next ones, and the values' 4.
+    assert int(wide[5]) == 36 + 36 + 4 and int(wide[7]) == 512
+    # 64 rows: every product is two, one for each half of the lanes; the values are two groups.
+    assert int(narrow[5]) == 2 * (36 + 2 * 4) and int(narrow[7]) == 288
+    assert int(wide[4]) == 1 + 3 and int(narrow[4]) == 2 + 3, "TMA loads: Q, and a block's groups of columns"
 
 
 SASS = """
