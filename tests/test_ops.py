@@ -121,7 +121,7 @@ def test_empty_batches_and_caches(rng):
 EXTREMES = np.array([-(2**31), 2**31 - 1, -1, -2, 2**30, 655, 10**9], np.int32)
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 6))])
 def test_integer_garbage(seed):
     """Any integer in any integer argument: finite, equal to the reference, other rows bitwise unchanged."""
     rng = np.random.default_rng(seed)
@@ -244,7 +244,7 @@ def test_vmap_with_a_shared_cache(rng):
     np.testing.assert_allclose(got[1][0], want[0][1], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("fmt", [mla_jax.V32, mla_jax.MODEL1], ids=by_name)
+@pytest.mark.parametrize("fmt", [pytest.param(mla_jax.V32, marks=pytest.mark.slow), mla_jax.MODEL1], ids=by_name)
 def test_vmap_over_caches(rng, fmt):
     calls = [samples.dense_call(rng, fmt, page_size=4) for _ in range(3)]
     for c in calls:

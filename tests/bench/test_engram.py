@@ -19,6 +19,7 @@ def test_rows_are_checked():
         bench.check_lookup(engram.EngramTable(jnp.roll(table.values, 1, 0), table.scales, table.num_rows), rows)
 
 
+@pytest.mark.slow
 def test_every_fetch_computes_the_same_step(capsys):
     """`measure_prefetch` compares the outputs itself; the times of a CPU mean nothing."""
 

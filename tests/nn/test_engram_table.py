@@ -108,6 +108,7 @@ def test_rows_outside_give_zeros():
         assert [bool(np.any(row != 0)) for row in found] == [False, True, False, False, False]
 
 
+@pytest.mark.slow
 def test_beyond_two_gib():
     """Rows whose first byte lies past 2^31: gathered where they are."""
     config = EngramConfig.small(slots=760_000, head_dim=256, layer_ids=(1,))

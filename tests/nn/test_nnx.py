@@ -49,6 +49,7 @@ def test_v32():
     check(module, v32, table(2), module.init_cache(4, 8), 1)
 
 
+@pytest.mark.slow
 def test_model1():
     config = Model1Config.small(cache="f32")
     module = Model1Attention(config, 2, params=init_params(config, 2, jax.random.key(1)))

@@ -14,8 +14,12 @@ from driver import QUICK, Runner, relative
 from mla_jax.nn import Model1Config, Model1Tables, PagePool, V32Config, init_params, model1, v32
 
 KINDS = ("v32", "ratio0", "ratio4", "ratio128")
-SOME_KINDS = [pytest.param(kind, marks=[] if kind in ("v32", "ratio4") else pytest.mark.slow) for kind in KINDS]
 F32_LIMIT, FP8_LIMIT = 2e-5, 2e-3
+
+
+def by_kind(*default):
+    """All kinds; those named are in the default run, which has no time for more."""
+    return [pytest.param(kind, marks=[] if kind in default else pytest.mark.slow) for kind in KINDS]
 
 
 def make(kind, cache="f32", **changes):
@@ -35,7 +39,7 @@ def tokens(rng, *shape):
 
 
 @pytest.mark.parametrize("cache", ["f32", pytest.param("fp8", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("kind", SOME_KINDS)
+@pytest.mark.parametrize("kind", by_kind("ratio4"))
 def test_three_tokens_at_once_equal_three_steps(kind, cache):
     """At every phase of a ratio-4 window and of a page, over a batch whose requests differ in phase."""
     config, params, _ = make(kind, cache)
@@ -56,7 +60,7 @@ def test_three_tokens_at_once_equal_three_steps(kind, cache):
         assert (window[0] != window[1]).mean() < 1e-3
 
 
-@pytest.mark.parametrize("kind", SOME_KINDS)
+@pytest.mark.parametrize("kind", by_kind("ratio4"))
 def test_rejected_tokens_can_be_taken_back(kind):
     """Drafts are written, rejected and overwritten: outputs follow the accepted tokens alone."""
     config, params, reference = make(kind)
@@ -75,7 +79,7 @@ def test_rejected_tokens_can_be_taken_back(kind):
     assert relative(np.concatenate(outs), want) < F32_LIMIT
 
 
-@pytest.mark.parametrize("kind", SOME_KINDS)
+@pytest.mark.parametrize("kind", by_kind("v32"))
 def test_ragged_batches_and_padded_rows(kind):
     """Requests of any length share a batch; rows of length 0 with garbage tables and NaN inputs disturb nobody."""
     config, params, reference = make(kind)
@@ -207,7 +211,7 @@ def test_layers_share_pools_without_touching_each_other():
     assert np.isnan(entries[: len(entries) // 2]).all()
 
 
-@pytest.mark.parametrize("kind", SOME_KINDS)
+@pytest.mark.parametrize("kind", by_kind("v32"))
 def test_tokens_without_a_place_are_not_written(kind):
     """Under jit: past the table, or without a page, the output is NaN and nothing is lost; neighbours do not notice."""
     config, params, reference = make(kind)
