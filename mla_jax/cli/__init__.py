@@ -7,7 +7,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-SUBCOMMANDS = ("demo", "layout", "bench", "aot", "serve_demo", "fuzz")
+SUBCOMMANDS = ("demo", "layout", "bench", "aot", "serve_demo", "soak", "fuzz")
 
 
 class CommandError(Exception):

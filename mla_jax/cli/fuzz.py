@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from pathlib import Path
 
 import jax
 
 from mla_jax.cli import CommandError
+from mla_jax.cli.progress import Progress
 
 IMPLEMENTATIONS = ("mosaic", "triton", "xla")
 
@@ -50,10 +50,12 @@ def run(args: argparse.Namespace) -> int:
     tally = fuzz.Tally()
     failures: list[fuzz.Failure] = []
     first, seconds = (args.first, args.minutes * 60) if args.case is None else (args.case, 0.0)
-    with _Progress(seconds) as progress:
+    start = time.monotonic()
+    with Progress(seconds) as progress:
 
-        def on_case(number: int) -> None:
-            progress.show(f"case {number}, {tally.cases} done, {len(failures)} failed")
+        def on_case(_: int) -> None:
+            passed = time.monotonic() - start
+            progress.show(passed, f"{passed / 60:.0f} min: {tally.cases} cases done, {len(failures)} failed")
 
         found = (
             fuzz.search(
@@ -103,38 +105,3 @@ def _script(failure, implementations, repeat: str, seconds: float) -> str:
     problem = fuzz.check(case, who).problem or failure.problem
     title = f"Found by `{repeat}`" + (", made smaller." if case is not failure.case else ".")
     return fuzz.snippet(case, failure.implementation, title=title, problem=problem)
-
-
-class _Progress:
-    """rich's bar on a terminal that has it, else a line a minute. Knows how long it will take, not how much."""
-
-    def __init__(self, seconds: float):
-        self._seconds, self._start, self._bar = seconds, time.monotonic(), None
-        self._next = 60.0
-        try:
-            from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-        except ImportError:
-            return
-        if sys.stdout.isatty() and seconds:
-            self._bar = Progress(BarColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
-
-    def __enter__(self) -> _Progress:
-        if self._bar is not None:
-            self._bar.start()
-            self._task = self._bar.add_task("", total=self._seconds)
-        return self
-
-    def __exit__(self, *_) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-
-    def print(self, text: str) -> None:
-        (self._bar.console.out if self._bar is not None else print)(text)
-
-    def show(self, text: str) -> None:
-        passed = time.monotonic() - self._start
-        if self._bar is not None:
-            self._bar.update(self._task, completed=min(passed, self._seconds), description=text)
-        elif passed >= self._next:
-            self._next += 60.0
-            print(f"        {passed / 60:.0f} min: {text}", flush=True)

@@ -135,7 +135,7 @@ def _shorten(search: _Search, axis: str) -> None:
     run = extent // 2
     while run and run * _MAX_RUNS >= extent:
         first = 0
-        while first < _extent(search.case, axis) and _extent(search.case, axis) > 1:
+        while first < _extent(search.case, axis) and _extent(search.case, axis) > run:
             if not search.accept(_without(search.case, axis, first, run)):
                 first += run
         run //= 2

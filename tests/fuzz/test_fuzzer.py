@@ -129,11 +129,11 @@ def test_cases_cover_what_they_should():
 
 @pytest.mark.parametrize("kind", ["dense", "sparse", "cache", "bytes"])
 def test_cases_pass(kind):
-    """A few cases of two specs of each kind; `mla-jax fuzz` runs as many as there is time for."""
+    """A few cases of one spec of each kind; `mla-jax fuzz` runs as many as there is time for."""
     firsts = [n for n in range(0, 4000, 100) if (s := fuzz.draw(8, n).spec).kind == kind and not s.contiguous]
-    small = sorted(firsts, key=lambda n: fuzz.draw(8, n).size)[:2]
+    small = sorted(firsts, key=lambda n: fuzz.draw(8, n).size)[:1]
     for first in small:
-        for number in range(first, first + 8):
+        for number in range(first, first + 12):
             outcome = fuzz.check(fuzz.draw(8, number))
             assert outcome.problem is None, (number, outcome.problem)
             assert outcome.counts["calls"] >= 1
