@@ -7,22 +7,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from mla_jax import xla
 from mla_jax.calls import DenseCall, DenseOperands, Scope, SparseCall, SparseOperands
 from mla_jax.dispatch import Implementation, Target, check_cuda, check_tested_jax
-from pallas_kernels.schedule import num_sms, plan_decode, plan_sparse_decode
-
-
-def _not_in_this_version(kind: str):
-    def check(call: Any, target: Target, config: Any) -> None:
-        raise NotImplementedError(f"this version has no {kind} kernel for {call.op}")
-
-    def run(call: Any, target: Target, config: Any, operands: Any) -> Any:
-        check(call, target, config)
-
-    return check, run
+from pallas_kernels.schedule import SplitPlan, num_sms, plan_decode, plan_sparse_decode
 
 
 def _check_xla(call: DenseCall | SparseCall, target: Target, config: Any) -> None:
@@ -44,28 +35,31 @@ def _check_dense_mosaic(call: DenseCall, target: Target, config: Any) -> None:
         q_dtype=call.fmt.compute_dtype, kv_dtype=call.fmt.storage_dtype, d_qk=call.fmt.d_qk, d_v=call.fmt.d_v,
         capability=target.capability,
     )  # fmt: skip
-    _check_config(config, dense_kernel.config_type(target.capability), target)
+    _check_config(config, dense_kernel.config_type(target.capability), f"'mosaic' on {target}")
 
 
-def _check_config(config: Any, accepted: type, target: Target) -> None:
+def _check_config(config: Any, accepted: type, by: str) -> None:
     if config is not None and not isinstance(config, accepted):
         raise ValueError(
-            f"config is {config!r}; accepted by 'mosaic' on {target}: None or a {accepted.__name__}"
+            f"config is {config!r}; accepted by {by}: None or a {accepted.__name__}"
         )
 
 
-def _dense_mosaic(call: DenseCall, target: Target, config: Any, x: DenseOperands):
+def _dense_plan(call: DenseCall, target: Target, x: DenseOperands) -> SplitPlan:
+    if x.plan is not None:
+        return x.plan
     assert target.capability is not None
-    plan = x.plan
-    if plan is None:
-        plan = plan_decode(
-            x.cache_seqlens, s_q=call.s_q, num_heads=call.h, page_size=call.page_size,
-            batch_invariant=call.batch_invariant, num_sms=num_sms(target.capability),
-        )  # fmt: skip
+    return plan_decode(
+        x.cache_seqlens, s_q=call.s_q, num_heads=call.h, page_size=call.page_size,
+        batch_invariant=call.batch_invariant, num_sms=num_sms(target.capability),
+    )  # fmt: skip
+
+
+def _dense_mosaic(call: DenseCall, target: Target, config: Any, x: DenseOperands):
     from pallas_kernels import dense_decode as dense_kernel
 
     return dense_kernel.dense_decode(
-        x.q, x.cache.data, x.block_table, x.cache_seqlens, plan, x.sm_scale,
+        x.q, x.cache.data, x.block_table, x.cache_seqlens, _dense_plan(call, target, x), x.sm_scale,
         is_causal=call.is_causal, d_v=call.fmt.d_v, config=config, capability=target.capability,
     )  # fmt: skip
 
@@ -94,10 +88,11 @@ def _check_sparse_mosaic(call: SparseCall, target: Target, config: Any) -> None:
     from pallas_kernels import sparse_decode as sparse_kernel
 
     sparse_kernel.check(call.fmt, call.extra_fmt, target.capability)
-    _check_config(config, sparse_kernel.config_type(target.capability), target)
+    _check_config(config, sparse_kernel.config_type(target.capability), f"'mosaic' on {target}")
 
 
-def _sparse_mosaic(call: SparseCall, target: Target, config: Any, x: SparseOperands):
+def _sparse_arguments(call: SparseCall, target: Target, x: SparseOperands) -> tuple[Scope, SplitPlan, dict[str, Any]]:
+    """The main scope, the plan, and keyword arguments of the extra scope, as the kernels take them."""
     assert target.capability is not None
     # A scope that can hold no keys, by its shapes, never reaches the kernel.
     main, *rest = [scope for scope in (x.main, x.extra) if scope is not None and not scope.names_no_keys]
@@ -124,6 +119,11 @@ def _sparse_mosaic(call: SparseCall, target: Target, config: Any, x: SparseOpera
             extra_indices=extra.indices,
             extra_topk_length=extra.length,
         )
+    return main, plan, more
+
+
+def _sparse_mosaic(call: SparseCall, target: Target, config: Any, x: SparseOperands):
+    main, plan, more = _sparse_arguments(call, target, x)
     from pallas_kernels import sparse_decode as sparse_kernel
 
     return sparse_kernel.sparse_decode(
@@ -132,14 +132,48 @@ def _sparse_mosaic(call: SparseCall, target: Target, config: Any, x: SparseOpera
     )  # fmt: skip
 
 
+def _portable() -> Any:
+    """The Triton-lowered kernels. JAX has deprecated that lowering: a version without it falls through here."""
+    try:
+        from pallas_kernels import portable
+    except ImportError as error:
+        raise NotImplementedError(f"jax {jax.__version__} has no Triton lowering for Pallas: {error}") from error
+    return portable
+
+
+def _check_triton(call: DenseCall | SparseCall, target: Target, config: Any) -> None:
+    check_tested_jax()
+    check_cuda(target)
+    portable = _portable()
+    portable.check(call.fmt, call.page_size, target.capability)
+    if isinstance(call, SparseCall) and call.extra_fmt is not None:
+        portable.check(call.extra_fmt, call.extra_page_size, target.capability)
+    _check_config(config, portable.PortableConfig, "'triton'")
+
+
+def _dense_triton(call: DenseCall, target: Target, config: Any, x: DenseOperands):
+    return _portable().dense_decode(
+        x.q, x.cache.data, call.fmt, call.page_size, x.block_table, x.cache_seqlens, _dense_plan(call, target, x),
+        x.sm_scale, is_causal=call.is_causal, config=config, capability=target.capability,
+    )  # fmt: skip
+
+
+def _sparse_triton(call: SparseCall, target: Target, config: Any, x: SparseOperands):
+    main, plan, more = _sparse_arguments(call, target, x)
+    return _portable().sparse_decode(
+        x.q, main.cache.data, main.cache.format, main.cache.page_size, main.indices, plan, x.sm_scale,
+        topk_length=main.length, attn_sink=x.attn_sink, config=config, capability=target.capability, **more,
+    )  # fmt: skip
+
+
 DENSE = (
     Implementation("mosaic", _check_dense_mosaic, _dense_mosaic, is_kernel=True),
-    Implementation("triton", *_not_in_this_version("Triton-lowered")),
+    Implementation("triton", _check_triton, _dense_triton, is_kernel=True),
     Implementation("xla", _check_xla, _dense_xla),
 )
 
 SPARSE = (
     Implementation("mosaic", _check_sparse_mosaic, _sparse_mosaic, is_kernel=True),
-    Implementation("triton", *_not_in_this_version("Triton-lowered")),
+    Implementation("triton", _check_triton, _sparse_triton, is_kernel=True),
     Implementation("xla", _check_xla, _sparse_xla),
 )

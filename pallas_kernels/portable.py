@@ -6,7 +6,8 @@ of two, so a row of 576 or 512 is a list of *chunks* (`row_chunks`), each with o
 no chunk of a quantised row crosses a scale tile. Keys are fetched by (page, offset), one address a key: any page size,
 any table, any index list. Keys that do not count are never read; they are zeros, and their score is -inf.
 
-JAX has deprecated this lowering. Nothing else here depends on it: where it is gone, `check` says so and dispatch goes on.
+JAX has deprecated this lowering. In a version without it importing this module fails, and dispatch takes the next
+implementation, saying so.
 """
 
 from __future__ import annotations
@@ -22,8 +23,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels.formats import E4M3, E8M0, F32, KVFormat
+from pallas_kernels.formats import E4M3, E8M0, KVFormat
 from pallas_kernels.schedule import BLOCK_TOKENS, SplitPlan
 
 if TYPE_CHECKING:
@@ -68,20 +70,13 @@ def default_config(fmt: KVFormat, rows: int, capability: tuple[int, int]) -> Por
     return PortableConfig()
 
 
-def check(fmt: KVFormat, extra_fmt: KVFormat | None, capability: tuple[int, int], page_sizes: tuple[int, ...]) -> None:
+def check(fmt: KVFormat, page_size: int, capability: tuple[int, int]) -> None:
     """Raises NotImplementedError, with the reason, for what the kernels do not serve."""
     if capability < MIN_CAPABILITY:
         needed, got = (".".join(map(str, c)) for c in (MIN_CAPABILITY, capability))
         raise NotImplementedError(f"needs compute capability {needed} or above; this is {got}")
-    try:
-        from jax.experimental.pallas import triton  # noqa: F401
-    except ImportError as error:
-        raise NotImplementedError(
-            f"jax {jax.__version__} has no Triton lowering for Pallas (deprecated in 0.11): {error}"
-        ) from error
-    for f, page_size in zip((fmt, extra_fmt), page_sizes, strict=True):
-        if f is not None and f.page_bytes(page_size) > INT32_MAX:
-            raise NotImplementedError(f"pages of {f.page_bytes(page_size)} bytes; the kernel takes up to {INT32_MAX}")
+    if len(fmt.page_shape(page_size)) == 1 and fmt.page_bytes(page_size) > INT32_MAX:
+        raise NotImplementedError(f"a page of {fmt.page_bytes(page_size)} bytes; the kernel takes up to {INT32_MAX}")
 
 
 # ------------------------------------------------------------------------------------------------ chunks of a row
@@ -140,9 +135,7 @@ class _Cache:
 
     def _load(self, page, offset, valid, record: int, column) -> jax.Array:
         """[n, columns]: elements at `column` of each row's record."""
-        from jax.experimental.pallas import triton as plgpu
-
-        page, offset, column = page[:, None], offset[:, None], column[None, :]
+            page, offset, column = page[:, None], offset[:, None], column[None, :]
         if len(self.data.shape) == 3:
             place = self.data.at[page, offset, column]
         else:
@@ -197,8 +190,6 @@ def _from_slot(cache: _Cache, slot: jax.Array, wanted: jax.Array):
 
 def _listed_keys(cache: _Cache, indices, length, item, alive) -> _Keys:
     """Keys that `indices` [items, topk] names, the first `length` [items] (None: all) of them."""
-    from jax.experimental.pallas import triton as plgpu
-
     topk = indices.shape[1]
     count = jnp.int32(topk) if length is None else jnp.clip(length[item], 0, topk)
     count = jnp.where(alive, count, 0)
@@ -213,8 +204,6 @@ def _listed_keys(cache: _Cache, indices, length, item, alive) -> _Keys:
 
 def _tabled_keys(cache: _Cache, table, seqlens, item, alive) -> _Keys:
     """Keys of the pages in row `item` of `table` [items, columns]; page `item` itself if it is None."""
-    from jax.experimental.pallas import triton as plgpu
-
     capacity = min((1 if table is None else table.shape[1]) * cache.page_size, INT32_MAX)
     count = jnp.where(alive, jnp.clip(seqlens[item], 0, capacity), 0)
 
@@ -308,8 +297,6 @@ def _decode_kernel(x, out, lse, partial_out, partial_lse2, *, scopes_of, end_of,
     what `scopes_of` reads; out [items, rows, d_v], lse float32 [items, rows], partial_out float32 [pieces, rows, d_v],
     partial_lse2 float32 [pieces, rows].
     """
-    from jax.experimental.pallas import triton as plgpu
-
     rows = x["q"].shape[1]
     piece = pl.program_id(1)
     alive = piece < x["splits"][x["splits"].shape[0] - 1]
@@ -346,8 +333,6 @@ def _decode_kernel(x, out, lse, partial_out, partial_lse2, *, scopes_of, end_of,
 
 def _merge_kernel(x, _out, _lse, out, lse, *, rows_each: int):
     """Program (t, i): rows of item i merged over its pieces, in their order; items of one piece are left alone."""
-    from jax.experimental.pallas import triton as plgpu
-
     item = pl.program_id(1)
     begin, behind = x["splits"][item], x["splits"][item + 1]
     _, rows, d_v = x["partial_out"].shape
@@ -473,8 +458,6 @@ MERGE_ROWS = 4
 
 def _decode(x, formats, plan: SplitPlan, sm_scale, scopes_of, end_of, config: PortableConfig, interpret: bool):
     """Both kernels: q [items, rows, d_qk] -> (out [items, rows, d_v], lse float32 [items, rows])."""
-    from jax.experimental.pallas import triton as plgpu
-
     items, rows, _ = x["q"].shape
     d_v = formats[0].d_v
     scale2 = (sm_scale * np.float32(LOG2_E)).reshape(1)
