@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -52,15 +53,20 @@ class Implementation:
     check: Callable[[Any, Target, Any], None]
     run: Callable[[Any, Target, Any, Any], Any]
     is_kernel: bool = False  # lowers for CUDA alone
+    is_exportable: bool = True  # jax.export vouches for what it lowers to
 
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """The outcome of picking for one target: the implementation, and why better ones were passed over."""
+    """The outcome of picking for one target: the implementation, and why better ones were passed over.
+
+    `exported` takes its place in modules of jax.export, if there is such a candidate; else it is `implementation`.
+    """
 
     target: Target
     implementation: Implementation | None
     refusals: tuple[tuple[str, str], ...]
+    exported: Implementation | None = None
 
     def refusal_text(self) -> str:
         return "; ".join(f"{name}: {reason}" for name, reason in self.refusals)
@@ -124,14 +130,18 @@ def order(implementation: Any, table: Sequence[Implementation]) -> tuple[Impleme
 def choose(candidates: Sequence[Implementation], call: Any, target: Target, config: Any) -> Choice:
     """The first candidate that can serve the call on the target."""
     refusals = []
+    first = None
     for candidate in candidates:
         try:
-            candidate.check(call, target, config)
+            candidate.check(call, target, config if first is None else None)  # the config is for the first
         except NotImplementedError as reason:
-            refusals.append((candidate.name, str(reason)))
+            if first is None:
+                refusals.append((candidate.name, str(reason)))
             continue
-        return Choice(target, candidate, tuple(refusals))
-    return Choice(target, None, tuple(refusals))
+        first = first or candidate
+        if candidate.is_exportable:
+            return Choice(target, first, tuple(refusals), candidate)
+    return Choice(target, first, tuple(refusals), first)
 
 
 def choices(implementation: Any, table: Sequence[Implementation], call: Any, config: Any) -> tuple[Choice, Choice]:
@@ -162,7 +172,10 @@ def run(cuda: Choice, other: Choice, call: Any, operands: Any, config: Any) -> A
         assert choice.implementation is not None
         fn = functools.partial(choice.implementation.run, call, choice.target, config)
         if choice.implementation.is_kernel:
-            fn = functools.partial(_kernel, fn)
+            exported = fn
+            if choice.exported is not None and choice.exported is not choice.implementation:
+                exported = functools.partial(choice.exported.run, call, choice.target, None)
+            fn = functools.partial(_kernel, fn, exported)
         return functools.partial(_widened, fn) if call.wide_out else fn
 
     if cuda.implementation is other.implementation:
@@ -186,8 +199,10 @@ _kernel_p.multiple_results = True
 _kernel_p.def_abstract_eval(lambda *_, out_avals, **__: out_avals)
 
 
-def _kernel(fn: Callable[[Any], tuple[Any, Any]], operands: Any) -> tuple[Any, Any]:
-    """`fn(operands)` -> (out, lse) of the op.
+def _kernel(
+    fn: Callable[[Any], tuple[Any, Any]], exported: Callable[[Any], tuple[Any, Any]], operands: Any
+) -> tuple[Any, Any]:
+    """`fn(operands)` -> (out, lse) of the op; in a module of jax.export `exported(operands)`.
 
     Whoever runs on a CPU thus pays nothing for the kernels, and a module exported for several platforms can hold one:
     Pallas refuses to lower for more than one platform at a time.
@@ -199,13 +214,22 @@ def _kernel(fn: Callable[[Any], tuple[Any, Any]], operands: Any) -> tuple[Any, A
         return jnp.broadcast_to(q[..., :1], (*q.shape[:-1], operands.d_v)), q[..., 0].astype(jnp.float32)
 
     out_avals = tuple(jax.make_jaxpr(types)(operands.q).out_avals)
-    out, lse = _kernel_p.bind(*leaves, fn=fn, treedef=treedef, out_avals=out_avals)
+    out, lse = _kernel_p.bind(*leaves, fn=fn, exported=exported, treedef=treedef, out_avals=out_avals)
     return out, lse
 
 
-def _lower_kernel(ctx, *leaves, fn, treedef, **_):
-    call = mlir.lower_fun(lambda *xs: fn(jax.tree.unflatten(treedef, xs)), multiple_results=True)
-    return call(ctx.replace(platforms=("cuda",)), *leaves)
+def _lower_kernel(ctx, *leaves, fn, exported, treedef, out_avals):
+    compute = exported if ctx.module_context.lowering_parameters.for_export else fn
+
+    def results(*xs):
+        return [x.astype(a.dtype) for x, a in zip(compute(jax.tree.unflatten(treedef, xs)), out_avals, strict=True)]
+
+    call = mlir.lower_fun(results, multiple_results=True)
+    with warnings.catch_warnings():
+        # The portable kernels need it, and their user can do nothing about that; with a jax that has removed it,
+        # dispatch takes the next implementation.
+        warnings.filterwarnings("ignore", "The Pallas Triton backend is deprecated", DeprecationWarning)
+        return call(ctx.replace(platforms=("cuda",)), *leaves)
 
 
 def _lower_elsewhere(ctx, *leaves, out_avals, **_):

@@ -12,8 +12,10 @@ implementation, saying so.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -91,7 +93,7 @@ def row_chunks(*formats: KVFormat, widest: int = 512) -> tuple[tuple[int, int], 
             cuts |= set(range(0, fmt.d_nope + 1, fmt.scale_tile))
     ends = sorted(cuts)
     chunks = []
-    for begin, end in zip(ends, ends[1:], strict=False):
+    for begin, end in itertools.pairwise(ends):
         width = min(end - begin, widest)
         chunks += [(start, width) for start in range(begin, end, width)]
     assert all(w & (w - 1) == 0 and w >= MIN_DOT for _, w in chunks), chunks
@@ -115,7 +117,7 @@ class _Cache:
         return self.data.shape[0]
 
     def chunk(self, page, offset, valid, start: int, width: int) -> jax.Array:
-        """Columns [start, start + width) of rows (page [n], offset [n]) in the compute dtype: [n, width], 0 if invalid."""
+        """Columns [start, start + width) of some rows, in the compute dtype: [n, width], 0 if invalid."""
         fmt = self.fmt
         if not fmt.is_quantized:
             return self._load(page, offset, valid, 0, start + _iota(width))
@@ -135,7 +137,7 @@ class _Cache:
 
     def _load(self, page, offset, valid, record: int, column) -> jax.Array:
         """[n, columns]: elements at `column` of each row's record."""
-            page, offset, column = page[:, None], offset[:, None], column[None, :]
+        page, offset, column = page[:, None], offset[:, None], column[None, :]
         if len(self.data.shape) == 3:
             place = self.data.at[page, offset, column]
         else:
@@ -219,7 +221,7 @@ def _tabled_keys(cache: _Cache, table, seqlens, item, alive) -> _Keys:
     return _Keys(cache, locate, count)
 
 
-# ------------------------------------------------------------------------------------------------ attention of one piece
+# ------------------------------------------------------------------------------------------------ attention
 
 
 def _attend(scopes, q, end, first, last, scale2, *, chunks, d_v: int, block_keys: int):
@@ -293,9 +295,9 @@ def _sink_factor(sink2: jax.Array, lse2: jax.Array) -> jax.Array:
 def _decode_kernel(x, out, lse, partial_out, partial_lse2, *, scopes_of, end_of, chunks, d_v, config):
     """Program (t, p): tile t of the query rows of piece p, written as a result or as a partial result.
 
-    Refs: x: q [items, rows, d_qk], pieces, splits (as in SplitPlan), scale2 float32 [1], sink float32 [rows] or None, and
-    what `scopes_of` reads; out [items, rows, d_v], lse float32 [items, rows], partial_out float32 [pieces, rows, d_v],
-    partial_lse2 float32 [pieces, rows].
+    Refs: x: q [items, rows, d_qk], pieces and splits as in SplitPlan, scale2 float32 [1], sink float32 [rows] or None,
+    and what `scopes_of` reads; out [items, rows, d_v], lse float32 [items, rows], partial_out float32
+    [pieces, rows, d_v], partial_lse2 float32 [pieces, rows].
     """
     rows = x["q"].shape[1]
     piece = pl.program_id(1)
@@ -403,7 +405,7 @@ def dense_decode(
 
     x = dict(q=q.reshape(b, s_q * h, -1), sink=None, data=data, table=block_table, seqlens=cache_seqlens)
     config = config or default_config(fmt, s_q * h, capability)
-    out, lse = _decode(x, (fmt,), plan, sm_scale, scopes_of, end_of, config, interpret)
+    out, lse = _decode(x, (fmt,), plan, sm_scale, scopes_of, end_of, config, capability, interpret)
     return out.reshape(b, s_q, h, -1), lse.reshape(b, s_q, h)
 
 
@@ -449,43 +451,57 @@ def sparse_decode(
         return [main, _listed_keys(cache, x["extra_indices"], x["extra_length"], item, alive)]
 
     config = config or default_config(fmt, h, capability)
-    out, lse = _decode(x, tuple(formats), plan, sm_scale, scopes_of, lambda *_: None, config, interpret)
+    out, lse = _decode(x, tuple(formats), plan, sm_scale, scopes_of, lambda *_: None, config, capability, interpret)
     return out.reshape(b, s_q, h, -1), lse.reshape(b, s_q, h)
 
 
 MERGE_ROWS = 4
 
 
-def _decode(x, formats, plan: SplitPlan, sm_scale, scopes_of, end_of, config: PortableConfig, interpret: bool):
+def _some_gpu(capability: tuple[int, int]) -> contextlib.AbstractContextManager:
+    """Names a GPU for Pallas to lower for, where the process sees none: it asks only for the compute capability."""
+    try:
+        plgpu.get_gpu_info()
+    except ValueError:
+        name = "NVIDIA H100" if capability >= NATIVE_E4M3_CAPABILITY else "NVIDIA A100"
+        device = jax.sharding.AbstractDevice(name, None, "gpu")
+        mesh = jax.sharding.get_abstract_mesh().update(abstract_device=device)
+        return jax.sharding.use_abstract_mesh(mesh)
+    return contextlib.nullcontext()
+
+
+def _decode(x, formats, plan: SplitPlan, sm_scale, scopes_of, end_of, config, capability, interpret):
     """Both kernels: q [items, rows, d_qk] -> (out [items, rows, d_v], lse float32 [items, rows])."""
     items, rows, _ = x["q"].shape
     d_v = formats[0].d_v
     scale2 = (sm_scale * np.float32(LOG2_E)).reshape(1)
     x = x | dict(pieces=plan.pieces, splits=plan.splits, scale2=scale2)
     shape = jax.ShapeDtypeStruct
+    gpu = contextlib.nullcontext() if interpret else _some_gpu(capability)
     results = (shape((items, rows, d_v), x["q"].dtype), shape((items, rows), jnp.float32))
     partials = (
         shape((plan.max_pieces, rows, d_v), jnp.float32),
         shape((plan.max_pieces, rows), jnp.float32),
     )
-    out, lse, partial_out, partial_lse2 = pl.pallas_call(
-        functools.partial(
-            _decode_kernel, scopes_of=scopes_of, end_of=end_of, chunks=row_chunks(*formats), d_v=d_v, config=config
-        ),
-        out_shape=(*results, *partials),
-        grid=(pl.cdiv(rows, config.tile_rows), plan.max_pieces),
-        compiler_params=plgpu.CompilerParams(num_warps=config.num_warps, num_stages=config.num_stages),
-        interpret=interpret,
-        name=f"mla_portable_{plan.op}",
-    )(x)
-    merged = dict(partial_out=partial_out, partial_lse2=partial_lse2, splits=plan.splits, sink=x["sink"])
-    num_operands = len(jax.tree.leaves(merged))
-    return pl.pallas_call(
-        functools.partial(_merge_kernel, rows_each=MERGE_ROWS),
-        out_shape=results,
-        grid=(pl.cdiv(rows, MERGE_ROWS), items),
-        input_output_aliases={num_operands: 0, num_operands + 1: 1},
-        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=2),
-        interpret=interpret,
-        name="mla_portable_merge",
-    )(merged, out, lse)
+    with gpu:
+        out, lse, partial_out, partial_lse2 = pl.pallas_call(
+            functools.partial(
+                _decode_kernel, scopes_of=scopes_of, end_of=end_of, chunks=row_chunks(*formats), d_v=d_v, config=config
+            ),
+            out_shape=(*results, *partials),
+            grid=(pl.cdiv(rows, config.tile_rows), plan.max_pieces),
+            compiler_params=plgpu.CompilerParams(num_warps=config.num_warps, num_stages=config.num_stages),
+            interpret=interpret,
+            name=f"mla_portable_{plan.op}",
+        )(x)
+        merged = dict(partial_out=partial_out, partial_lse2=partial_lse2, splits=plan.splits, sink=x["sink"])
+        num_operands = len(jax.tree.leaves(merged))
+        return pl.pallas_call(
+            functools.partial(_merge_kernel, rows_each=MERGE_ROWS),
+            out_shape=results,
+            grid=(pl.cdiv(rows, MERGE_ROWS), items),
+            input_output_aliases={num_operands: 0, num_operands + 1: 1},
+            compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=2),
+            interpret=interpret,
+            name="mla_portable_merge",
+        )(merged, out, lse)
