@@ -56,6 +56,7 @@ def _dense_plan(call: DenseCall, target: Target, x: DenseOperands) -> SplitPlan:
 
 
 def _dense_mosaic(call: DenseCall, target: Target, config: Any, x: DenseOperands):
+    assert target.capability is not None
     from pallas_kernels import dense_decode as dense_kernel
 
     return dense_kernel.dense_decode(
@@ -123,6 +124,7 @@ def _sparse_arguments(call: SparseCall, target: Target, x: SparseOperands) -> tu
 
 
 def _sparse_mosaic(call: SparseCall, target: Target, config: Any, x: SparseOperands):
+    assert target.capability is not None
     main, plan, more = _sparse_arguments(call, target, x)
     from pallas_kernels import sparse_decode as sparse_kernel
 
