@@ -31,8 +31,10 @@ def escape(app, what, name, obj, options, lines):
         shown = ["::\n\n" + textwrap.indent(p, "    ") if "\n " in f"\n{p}" else p for p in passages]
         lines[:] = "\n\n".join(shown).split("\n")
     else:
-        parts = [re.split(r"(`[^`]*`)", line) for line in lines]
-        lines[:] = ["".join(re.sub(r"([*|])", r"\\\1", x) if i % 2 == 0 else x for i, x in enumerate(p)) for p in parts]
+        for number, line in enumerate(lines):
+            parts = re.split(r"(`[^`]*`)", line)
+            parts[::2] = [re.sub(r"([*|]|_(?!\w))", r"\\\1", text) for text in parts[::2]]  # outside of backticks
+            lines[number] = "".join(parts)
 
 
 def setup(app):
