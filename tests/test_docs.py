@@ -13,6 +13,7 @@ import pytest
 import test_extending
 
 import mla_jax
+from mla_jax import cli
 from mla_jax.nn import V32Config, init_params
 from mla_jax.sharding import DecodeSharding, ModuleSharding
 
@@ -111,8 +112,10 @@ def test_files_that_are_named_exist(path):
         assert any(c.exists() for c in candidates), f"{_name(path)} names {name}, which does not exist"
 
 
-def test_readme_lists_every_notebook_and_document():
+def test_readme_lists_every_notebook_document_and_command():
     text = (ROOT / "README.md").read_text()
+    for command in cli.SUBCOMMANDS:
+        assert f"| `mla-jax {command.replace('_', '-')}" in text, f"README.md has no line on mla-jax {command}"
     notebooks = [p.stem for p in (ROOT / "notebooks").glob("[0-9]*.ipynb")]
     documents = [p.name for p in (ROOT / "docs").glob("*.md") if p.stem != "index"]
     for name in itertools.chain(notebooks, documents):
