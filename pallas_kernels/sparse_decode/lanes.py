@@ -100,7 +100,7 @@ def row_array(values: list[ir.Value]):
     return mosaic.FragmentedArray(_registers=registers, _layout=layout, _is_signed=True)
 
 
-class _Lane:
+class Lane:
     """Where the calling lane stands."""
 
     def __init__(self) -> None:
