@@ -11,10 +11,11 @@ from pallas_kernels import architectures
 from pallas_kernels.formats import KVFormat
 from pallas_kernels.sparse_decode import config as _config
 from pallas_kernels.sparse_decode.config import SparseConfig as SparseConfig
+from pallas_kernels.sparse_decode.config import SparseConfigSm100 as SparseConfigSm100
 
-MODULES = {9: "sm90"}
+MODULES = {9: "sm90", 10: "sm100"}
 """Major compute capability -> module."""
-CONFIGS = {"sm90": SparseConfig}
+CONFIGS = {"sm90": SparseConfig, "sm100": SparseConfigSm100}
 """Module -> type of its `config`."""
 
 

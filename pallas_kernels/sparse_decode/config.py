@@ -33,18 +33,46 @@ class SparseConfig:
     copy_registers: int = 24
 
     def __post_init__(self) -> None:
-        registers = (self.softmax_registers, self.value_registers, self.gather_registers, self.copy_registers)
-        if any(r % 8 or not 24 <= r <= 240 for r in registers) or sum(registers) > MAX_REGISTERS:
-            raise ValueError(
-                f"registers of the four warpgroups must be multiples of 8 in [24, 240] whose sum is at most "
-                f"{MAX_REGISTERS} (more hangs at setmaxnreg), got {registers}"
-            )
+        _check_registers((self.softmax_registers, self.value_registers, self.gather_registers, self.copy_registers))
+
+
+def _check_registers(registers: tuple[int, ...]) -> None:
+    if any(r % 8 or not 24 <= r <= 240 for r in registers) or sum(registers) > MAX_REGISTERS:
+        raise ValueError(
+            f"registers of the four warpgroups must be multiples of 8 in [24, 240] whose sum is at most "
+            f"{MAX_REGISTERS} (more hangs at setmaxnreg), got {registers}"
+        )
 
 
 def heuristic(fmt: KVFormat, num_heads: int) -> SparseConfig:
     """The one configuration measured (docs/sparse-decode.md): with other splits ptxas serialises wgmma or spills."""
     del fmt, num_heads
     return SparseConfig()
+
+
+@dataclasses.dataclass(frozen=True)
+class SparseConfigSm100:
+    """The same for the SM100 kernel.
+
+    Attributes:
+      softmax_registers, key_registers, copy_registers, multiply_registers: registers a thread of the four warpgroups.
+    """
+
+    softmax_registers: int = 184
+    key_registers: int = 168
+    copy_registers: int = 80
+    multiply_registers: int = 80
+
+    def __post_init__(self) -> None:
+        _check_registers(
+            (self.softmax_registers, self.key_registers, self.copy_registers, self.multiply_registers)
+        )
+
+
+def sm100_heuristic(fmt: KVFormat, num_heads: int) -> SparseConfigSm100:
+    """The one configuration: no loop of it spills. Compiled, not run."""
+    del fmt, num_heads
+    return SparseConfigSm100()
 
 
 @dataclasses.dataclass(frozen=True)

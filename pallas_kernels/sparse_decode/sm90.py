@@ -45,7 +45,7 @@ from pallas_kernels.sparse_decode.config import (
     heuristic,
 )
 from pallas_kernels.sparse_decode.dequant import BIAS_ROW, FACTOR_ROW, RESCALE_ROW, ROWS
-from pallas_kernels.sparse_decode.work import each_block, piece_at, pieces_of_part
+from pallas_kernels.sparse_decode.work import each_block, final_factor, piece_at, pieces_of_part
 
 SOFTMAX, VALUE, GATHER, COPY = range(4)  # warpgroups
 WGMMA_COLUMN = WGMMA.reduce(0)
@@ -165,15 +165,7 @@ def _softmax_warpgroup(
         carry = lax.fori_loop(0, count - 1, functools.partial(block, first_block=first_block), carry)
         load_q(*following)  # the last scores are here, so Q may go
         acc, top, total = block(count - 1, carry, first_block, last=True)
-        has_keys = total != 0  # NaN counts as a key
-        some = jnp.where(has_keys, total, 1.0)
-        factor = jnp.where(has_keys, 1.0 / some, 0.0)
-        lse2 = jnp.where(has_keys, top + jnp.log2(some), -jnp.inf)
-        if sink is not None:
-            logit = plgpu.load(sink.at[pl.ds(tile * TILE_HEADS, TILE_HEADS)], layout=WGMMA_ROW, optimized=False)
-            with_sink = factor / (1.0 + jnp.exp2(logit * mgpu.LOG2_E - lse2))
-            whole = lax.broadcast_in_dim(siblings == 1, factor.shape, [])
-            factor = jnp.where(whole & has_keys, with_sink, factor)  # partial results come without it
+        factor, lse2 = final_factor(top, total, sink, siblings, tile)
         plgpu.barrier_wait(p_free)
         rows[FACTOR_ROW] = factor
         plgpu.barrier_arrive(p_ready)

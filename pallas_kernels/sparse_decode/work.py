@@ -91,6 +91,26 @@ def each_block(parts, pieces, lengths, scopes, prepare, run):
     pieces_of_part(parts, pieces, lengths, piece)
 
 
+def final_factor(top, total, sink, siblings, tile):
+    """What the accumulators of a piece are multiplied by at the end, and its base-2 LSE: two [64].
+
+    Args:
+      top, total: float32 [64]: what scores were reduced by before exp2, and the sum of weights; 0 without any key.
+      sink: float32 `[tiles * 64]` in global memory, or None. Items of several pieces get it when they are merged.
+      siblings: int32 [], pieces of the item.
+    """
+    has_keys = total != 0  # NaN counts as a key
+    some = jnp.where(has_keys, total, 1.0)
+    factor = jnp.where(has_keys, 1.0 / some, 0.0)
+    lse2 = jnp.where(has_keys, top + jnp.log2(some), -jnp.inf)
+    if sink is not None:
+        logit = plgpu.load(sink.at[pl.ds(tile * TILE_HEADS, TILE_HEADS)], layout=mgpu.WGMMA_ROW, optimized=False)
+        with_sink = factor / (1.0 + jnp.exp2(logit * mgpu.LOG2_E - lse2))
+        whole = lax.broadcast_in_dim(siblings == 1, factor.shape, [])
+        factor = jnp.where(whole & has_keys, with_sink, factor)
+    return factor, lse2
+
+
 class Results:
     """Where a piece's results go: `out` and `lse` if it is all of its item, else its place among the partial ones."""
 

@@ -1,0 +1,346 @@
+"""Rows of the cache -> bf16 keys in shared memory on SM100, by index: TMA gather, then dequantise in place.
+
+A stage of 64 keys is two buffers in the tiles that tcgen05 reads: `latent[stage]`, bf16 [64, d_nope], and
+`rope[stage]`, bf16 [64, 64]. TMA gathers four rows an instruction (gather4); a row number of -1 gives zeros, which is
+what a key that does not count gets: nothing is read for it, and nothing but zeros ever meets a product.
+
+* bf16 caches: straight to `latent` and `rope`.
+* Quantised caches: RoPE values straight to `rope`, which `raw_rope` names as bytes. Their e4m3 bytes go to the end of
+  `latent[stage]`, which `raw` names as bytes (there is no room for a buffer of their own), and are dequantised in
+  place: for each half of the block's rows, all warps read their raw bytes, meet, and write the bf16 values.
+
+        latent[stage]  | rows 0-31 as bf16       | rows 32-63 as bf16      |
+        raw[stage]                       | rows 0-31   | rows 32-63   |        bytes, right-aligned
+
+  The first half's values never reach the second half's bytes (`check_in_place`).
+
+Scales are loaded a block ahead, straight to registers. `value = bf16(e4m3 * scale)`, product in float32, one rounding.
+
+`GatherHardware` is what runs on a GPU; `GatherInterpreted` says the same in plain jax.numpy for the CPU interpreter:
+
+| operation | on the GPU | interpreted |
+|---|---|---|
+| `copy_indices`, `load_slots` | predicated loads, for TMA and for a lane's rows | plain loads |
+| `load_scales` | predicated loads in the layout of a lane's rows | plain loads |
+| `finish_block` | e4m3 bytes of `raw`, dequantised by PTX; mask | jax.numpy |
+| | `raw_rope` and `rope` are one memory | copies one to the other |
+| `any_row` | `barrier.red.or` of the warpgroup | `jnp.max` |
+| `store_rows`, `store_row_values` | as on SM90 (dequant.py) | as on SM90 |
+
+The gathers themselves (`start_copy`), all barriers, products and tensor memory are the same on both sides.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental.mosaic import gpu as mosaic
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, vector
+
+from pallas_kernels import formats, mgpu
+from pallas_kernels.formats import KVFormat
+from pallas_kernels.mgpu import asm
+from pallas_kernels.sparse_decode import dequant
+from pallas_kernels.sparse_decode.config import (
+    BLOCK_TOKENS,
+    CHUNK_BYTES,
+    COLUMN_TILE,
+    GROUP_ROWS,
+    STAGES,
+    Scope,
+)
+from pallas_kernels.sparse_decode.lanes import (
+    BLOCK_ROW,
+    GROUPS_PER_WARP,
+    LANE_CHUNKS,
+    MINUS_INFINITY,
+    REF,
+    SPLAT,
+    Lane,
+    add,
+    const,
+    dequantize_latent,
+    equal,
+    fields,
+    gmem,
+    i32,
+    is_key,
+    less,
+    load16,
+    mul,
+    row_address,
+    row_array,
+    row_values,
+    scalar,
+    scale_values,
+    smem,
+    wide,
+)
+
+# Swizzled tiles, in bytes of a row: 64 for keys (the product of 64 heads with 64 keys takes no wider ones), 128 for raw
+# bytes, so that 8 rows' 16-byte chunks lie in 8 different bank groups.
+KEY_TILE_BYTES = 64
+RAW_TILE_BYTES = 128
+GATHER_ROWS = 4  # rows of one TMA instruction
+VOTE_BARRIER = 8  # a named barrier that Mosaic does not use
+MASKED = -float("inf")
+
+INDICES = plgpu.Layout.TMA_INDICES
+KEY_TILES = plgpu.RefType(mgpu.tile((GROUP_ROWS, KEY_TILE_BYTES // 2), swizzle_bytes=KEY_TILE_BYTES).transforms)
+RAW_TILES = plgpu.RefType(mgpu.tile((GROUP_ROWS, RAW_TILE_BYTES), jnp.uint8, RAW_TILE_BYTES).transforms)
+
+
+# -- where things lie --------------------------------------------------------------------------------------------
+
+
+def raw_row_bytes(fmt: KVFormat) -> int:
+    """What is gathered of a row's latent bytes: whole tiles."""
+    return -(-fmt.d_nope // RAW_TILE_BYTES) * RAW_TILE_BYTES
+
+
+def raw_rows(fmt: KVFormat) -> int:
+    """Rows of `raw[stage]`: as many as `latent[stage]` has room for. The last 64 are used."""
+    return BLOCK_TOKENS * fmt.d_nope * 2 // raw_row_bytes(fmt)
+
+
+def check_in_place(fmt: KVFormat) -> None:
+    """Raises ValueError if the first half's values would overwrite the second half's bytes."""
+    half_bytes, stage_bytes = BLOCK_TOKENS // 2 * raw_row_bytes(fmt), BLOCK_TOKENS * fmt.d_nope * 2
+    whole_tiles = (raw_rows(fmt) - BLOCK_TOKENS) % GROUP_ROWS == 0 and stage_bytes % raw_row_bytes(fmt) == 0
+    if stage_bytes // 2 > stage_bytes - half_bytes or not whole_tiles:
+        raise ValueError(f"{fmt.name}: raw bytes do not fit where their dequantised values go")
+
+
+def stage_types(fmt: KVFormat) -> dict[str, plgpu.RefUnion]:
+    """Shared memory of all stages: keys, and the same memory as bytes."""
+    check_in_place(fmt)
+    latent = mgpu.tile((STAGES, BLOCK_TOKENS, fmt.d_nope), swizzle_bytes=KEY_TILE_BYTES)
+    raw = mgpu.tile((STAGES, raw_rows(fmt), raw_row_bytes(fmt)), jnp.uint8, RAW_TILE_BYTES)
+    rope = mgpu.tile((STAGES, BLOCK_TOKENS, fmt.d_rope), swizzle_bytes=KEY_TILE_BYTES)
+    raw_rope = mgpu.tile((STAGES, BLOCK_TOKENS, 2 * fmt.d_rope), jnp.uint8, KEY_TILE_BYTES)
+    return dict(latents=plgpu.RefUnion(latent, raw), ropes=plgpu.RefUnion(rope, raw_rope))
+
+
+def row_view(pages: jax.Array, scope: Scope) -> jax.Array:
+    """A cache array as rows for one TMA descriptor: [rows, bytes or values of a row]."""
+    width = scope.row_bytes if scope.fmt.is_quantized else scope.fmt.d_qk
+    return pages.reshape(-1, width)
+
+
+def rows_of(slots: jax.Array, scope: Scope) -> jax.Array:
+    """int32 [64] slots -> uint32 [64] rows of `row_view`; 2^32 - 1, to TMA -1, for slots that are no keys."""
+    rows = slots
+    if not scope.is_row_major:
+        size = jnp.full_like(slots, scope.page_size)
+        page = lax.div(slots, size)
+        rows = page * (scope.page_bytes // scope.row_bytes) + (slots - page * scope.page_size)
+    is_row = (slots >= 0) & (slots < min(scope.num_slots, 2**31 - 1))
+    return jnp.where(is_row, rows, jnp.full_like(rows, -1)).astype(jnp.uint32)
+
+
+# -- the two tables ----------------------------------------------------------------------------------------------
+
+
+class Gather:
+    """What both tables share."""
+
+    def start_copy(self, data, slots, latents, ropes, landed, stage, scope: Scope) -> None:
+        """Begins to gather a block's rows into a free stage; `landed[stage]` completes when they are there.
+
+        Args:
+          data: what `row_view` made.
+          slots: int32 [64] from `load_slots` with `INDICES`.
+        """
+        fmt = scope.fmt
+        rows = rows_of(slots, scope)  # [64]
+        (latent, raw), (rope, raw_rope) = latents, ropes
+        if fmt.is_quantized:
+            width, first = raw_row_bytes(fmt), raw_rows(fmt) - BLOCK_TOKENS
+            pieces = (
+                (pl.ds(0, width), raw.at[stage, pl.ds(first, BLOCK_TOKENS)]),
+                (pl.ds(scope.rope_offset_bytes, 2 * fmt.d_rope), raw_rope.at[stage]),
+            )
+        else:
+            pieces = ((pl.ds(0, fmt.d_nope), latent.at[stage]), (pl.ds(fmt.d_nope, fmt.d_rope), rope.at[stage]))
+        for columns, target in pieces:
+            plgpu.copy_gmem_to_smem(data.at[rows, columns], target, landed.at[stage])
+
+
+class GatherHardware(Gather, dequant.SparseHardware):
+    """As it is on a GPU."""
+
+    def copy_indices(self, indices, item, block, length, scope: Scope) -> jax.Array:
+        """int32 [64] in the layout of TMA indices: the block's slots, -1 from `length` on."""
+
+        @plgpu.inline_mgpu(
+            arg_types=(REF, SPLAT, SPLAT, SPLAT),
+            return_type=plgpu.ShapeDtypeStruct((BLOCK_TOKENS,), jnp.dtype(jnp.int32), INDICES),
+        )
+        def load(_, indices, item, block, length):
+            lane = Lane()
+            layout = INDICES.to_mgpu()
+            registers = np.empty(layout.registers_shape((BLOCK_TOKENS,)), object)
+            flat = registers.reshape(-1)  # register n of warp w: rows 16 * n + 4 * w + (0, 1, 2, 3)
+            first = add(mul(scalar(block), BLOCK_TOKENS), mul(lane.warp, GATHER_ROWS))
+            row = add(gmem(indices), mul(wide(scalar(item)), 4 * scope.topk))
+            address = add(row, mul(wide(first), 4))
+            stride = BLOCK_TOKENS // flat.size
+            for n in range(flat.size):
+                quad = None
+                for k in range(GATHER_ROWS):
+                    counts = less(add(first, stride * n + k), scalar(length))
+                    text = f"{{ mov.b32 $0, -1; @$1 ld.global.nc.b32 $0, [$2+{4 * (stride * n + k)}]; }}"
+                    slot = asm(text, "=&r,b,l", counts, address, result="i32")
+                    if quad is None:
+                        quad = vector.broadcast(ir.VectorType.get((GATHER_ROWS,), i32()), slot)
+                    else:
+                        quad = vector.insert(slot, quad, dynamic_position=[], static_position=[k])
+                flat[n] = quad
+            return mosaic.FragmentedArray(_registers=registers, _layout=layout, _is_signed=True)
+
+        return load(indices, item, block, length)
+
+    def load_scales(self, data, slots, scope: Scope) -> tuple[jax.Array, ...]:
+        """A row's scales as int32 [64] words in BLOCK_ROW layout: two words of e8m0, or four of float32."""
+        if not scope.fmt.is_quantized or scope.scale_record != 0:
+            return super().load_scales(data, slots, scope)
+        word = plgpu.ShapeDtypeStruct((BLOCK_TOKENS,), jnp.dtype(jnp.int32), BLOCK_ROW)
+        count = scope.fmt.num_scales
+
+        @plgpu.inline_mgpu(arg_types=(REF, BLOCK_ROW), return_type=(word,) * count)
+        def load(_, data, slots):
+            words = []
+            for slot in row_values(slots):
+                row, _ = row_address(data, slot, scope)
+                names = [f"${n}" for n in range(count)]
+                text = "{ " + " ".join(f"mov.b32 {name}, 0;" for name in names)
+                text += f" @${count} ld.global.nc.v{count}.b32 {{{', '.join(names)}}}, "
+                text += f"[${count + 1}+{scope.scale_offset_bytes}]; }}"
+                struct = f"!llvm.struct<({', '.join(['i32'] * count)})>"
+                loaded = asm(text, "=&r," * count + "b,l", is_key(slot, scope), row, result=struct)
+                words.append(fields(loaded, [i32()] * count))
+            return tuple(row_array([w[k] for w in words]) for k in range(count))
+
+        return tuple(load(data, slots))
+
+    def finish_block(self, slots, scales, latents, ropes, rows, stage, scope: Scope) -> None:
+        """Once the rows have landed: dequantises them, writes the mask, makes it all visible to tcgen05.
+
+        Args:
+          slots, scales: in BLOCK_ROW layout, of `load_slots` and `load_scales`.
+        """
+        fmt = scope.fmt
+
+        @plgpu.inline_mgpu(arg_types=(BLOCK_ROW, (BLOCK_ROW,) * len(scales), KEY_TILES, RAW_TILES, REF, SPLAT))
+        def finish(_, slots, scales, latent, raw, rows, stage):
+            lane = Lane()
+            bias = add(smem(rows), mul(scalar(stage), 4 * BLOCK_TOKENS))
+            bias = add(bias, mul(add(mul(lane.warp, GROUP_ROWS), lane.row), 4))
+            for k, slot in enumerate(row_values(slots)):
+                mask = arith.select(is_key(slot, scope), const(0, i32()), const(MINUS_INFINITY, i32()))
+                asm(f"st.shared.b32 [$0+{128 * k}], $1;", "r,r", bias, mask)
+            if fmt.is_quantized:
+                words = [row_values(s) for s in scales]
+                for k in range(GROUPS_PER_WARP):
+                    chunks = self._read_raw(lane, smem(raw), scalar(stage), k, fmt)
+                    mosaic.utils.warpgroup_barrier()  # all warps hold the half's bytes: they may be overwritten
+                    even = self._key_address(lane, lane.group(latent, scalar(stage), k, fmt.d_nope))
+                    dequantize_latent(even, chunks, scale_values([w[k] for w in words], fmt), fmt)
+            asm("fence.proxy.async.shared::cta;")
+
+        (latent, raw), _ = latents, ropes
+        finish(slots, tuple(scales), latent, raw, rows, stage)
+
+    def _read_raw(self, lane, raw, stage, k, fmt):
+        """The lane's chunks of its row of the warp's k-th group: one of each 64 latent columns."""
+        width = raw_row_bytes(fmt)
+        group_bytes = GROUP_ROWS * width
+        first = (raw_rows(fmt) - BLOCK_TOKENS) * width
+        group = add(raw, add(mul(stage, raw_rows(fmt) * width), first))
+        group = add(group, mul(add(lane.warp, 4 * k), group_bytes))
+        places = [lane.swizzled(group, add(lane.chunk, LANE_CHUNKS * half)) for half in range(2)]
+        tile_bytes = GROUP_ROWS * RAW_TILE_BYTES
+        return [load16(places[n % 2], tile_bytes * (n // 2)) for n in range(fmt.d_nope // COLUMN_TILE)]
+
+    def _key_address(self, lane, group):
+        """Where the bf16 values of the lane's first chunk go: columns 16 * chunk.. of the group, in tiles of 32."""
+        tile_bytes = GROUP_ROWS * KEY_TILE_BYTES
+        tile = arith.divui(lane.chunk, const(2, i32()))
+        place = mul(arith.remui(lane.chunk, const(2, i32())), 2)  # of 4 chunks in the tile's row
+        place = arith.xori(place, arith.divui(lane.row, const(2, i32())))
+        inside = add(mul(lane.row, KEY_TILE_BYTES), mul(place, CHUNK_BYTES))
+        return add(group, add(mul(tile, tile_bytes), inside))
+
+    def any_row(self, flags) -> jax.Array:
+        """int32 [64] of 0 and 1, one a row of an accumulator -> int32 []: whether any is 1. The warpgroup meets."""
+
+        @plgpu.inline_mgpu(
+            arg_types=(mgpu.WGMMA_ROW,), return_type=plgpu.ShapeDtypeStruct((), jnp.dtype(jnp.int32), SPLAT)
+        )
+        def vote(_, flags):
+            values = [vector.extract(v, dynamic_position=[], static_position=[0]) for v in flags.registers.reshape(-1)]
+            mine = values[0]
+            for value in values[1:]:
+                mine = arith.ori(mine, value)
+            flag = arith.xori(equal(mine, 0), const(1, ir.IntegerType.get_signless(1)))
+            text = f"barrier.red.or.pred p, {VOTE_BARRIER}, {mgpu.WARPGROUP}, $1; selp.b32 $0, 1, 0, p;"
+            return asm(f"{{ .reg .pred p; {text} }}", "=r,b", flag, result="i32")
+
+        return vote(flags)
+
+
+class GatherInterpreted(Gather, dequant.SparseInterpreted):
+    """The same in plain jax.numpy."""
+
+    def copy_indices(self, indices, item, block, length, scope):
+        return self.load_slots(indices, item, block, length, scope)
+
+    def load_scales(self, data, slots, scope):
+        """float32 [64, scales]; zeros for slots that are no keys."""
+        fmt = scope.fmt
+        if not fmt.is_quantized:
+            return ()
+        key = (slots >= 0) & (slots < scope.num_slots)  # [64]
+        slot = jnp.where(key, slots, 0)  # [64]
+        page, offset = lax.div(slot, jnp.int32(scope.page_size)), lax.rem(slot, jnp.int32(scope.page_size))
+        index, start, what = fmt.locate("scale")
+        at = page * scope.page_bytes + fmt.area_offset_bytes(index, scope.page_size)
+        at = at + offset * fmt.record_bytes[index] + start  # [64]
+        raw = data[...].reshape(-1)[at[:, None] + jnp.arange(what.num_bytes)]  # [64, bytes]
+        if what.dtype == formats.E8M0:
+            bits = jnp.where(raw == 255, jnp.int32(0x7FC00000), raw.astype(jnp.int32) << 23)
+        else:
+            bits = lax.bitcast_convert_type(raw.reshape(BLOCK_TOKENS, what.count, 4), jnp.int32)
+        return (jnp.where(key[:, None], lax.bitcast_convert_type(bits, jnp.float32), 0.0),)
+
+    def finish_block(self, slots, scales, latents, ropes, rows, stage, scope):
+        fmt = scope.fmt
+        (latent, raw), (rope, raw_rope) = latents, ropes
+        key = (slots >= 0) & (slots < scope.num_slots)  # [64]
+        rows[stage] = jnp.where(key, 0.0, MASKED).astype(jnp.float32)
+        if fmt.is_quantized:
+            first = raw_rows(fmt) - BLOCK_TOKENS
+            data = raw[stage, first:, : fmt.d_nope]  # [64, d_nope]
+            rotary = raw_rope[stage]  # [64, 128]
+            values = lax.bitcast_convert_type(data, fmt.locate("nope")[2].dtype).astype(jnp.float32)
+            values = values * jnp.repeat(scales[0], fmt.scale_tile, axis=1)  # [64, d_nope]
+            latent[stage] = values.astype(jnp.bfloat16)
+            rope[stage] = lax.bitcast_convert_type(rotary.reshape(BLOCK_TOKENS, fmt.d_rope, 2), jnp.bfloat16)
+        self.publish_smem()
+
+    def any_row(self, flags):
+        return jnp.max(flags)
+
+
+GATHER_HARDWARE = GatherHardware()
+GATHER_INTERPRETED = GatherInterpreted()
+
+
+def operations(interpret) -> GatherHardware | GatherInterpreted:
+    """The table that goes with the `interpret` argument of `plgpu.kernel`."""
+    return GATHER_HARDWARE if interpret is None else GATHER_INTERPRETED

@@ -1,0 +1,314 @@
+"""Sparse MLA decode on SM100: 64 heads of one query against the cache rows that its indices name.
+
+    S = scale * Q K^T    P = softmax(S)    O = P V    with K [keys, d_qk] gathered and dequantised, V = K[:, :d_v]
+
+One CTA works on one tile of 64 heads of the items (query rows) of its part; docs/sparse-decode.md explains the choice
+and has the budgets of shared and tensor memory. Four warpgroups:
+
+    softmax  S from tensor memory, softmax, P to shared memory, rescales O in tensor memory where it must, results
+    key      raw rows -> bf16 keys in their place                                                    (gather.py)
+    copy     row indices -> raw rows in shared memory by TMA gather, as soon as a stage is free      (gather.py)
+    multiply two warps that issue products, each in its own order:
+               scores  loads Q; S = Q K^T
+               values  O += P V
+
+and the barriers between them (those that `tcgen05_commit_arrive` completes in brackets):
+
+    landed[stage]    TMA     -> key             a block's raw rows are there
+    full[stage]      key     -> scores          a block's keys and mask are there
+    [empty[stage]]   values  -> copy            nobody reads the stage any more
+    [s_ready]        scores  -> softmax         S is there, and with it the mask
+    s_free           softmax -> scores          S has been read
+    p_ready          softmax -> values          P is there, O is rescaled
+    [pv_done]        values  -> softmax         P may be overwritten, O read
+    q_ready, [q_free]           TMA -> scores, scores -> scores
+
+        tensor cores  | QK 1 | PV 0 | QK 2 | PV 1 | QK 3 | ...
+        softmax               |  1  |       |  2  |
+
+The tensor cores take products in the order of issue; with two issuers neither waits for what the other needs.
+
+O is rescaled only when a row's maximum has grown by more than `LAZY` since the last time: P is then at most 2^LAZY
+instead of 1, which float32 sums do not mind, and most blocks leave O alone.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels import mgpu
+from pallas_kernels.formats import KVFormat
+from pallas_kernels.mgpu import WGMMA, WGMMA_ROW, rows_to_tile
+from pallas_kernels.sparse_decode import gather, work
+from pallas_kernels.sparse_decode.config import (
+    BLOCK_TOKENS,
+    MAX_REGISTERS,
+    STAGES,
+    TILE_HEADS,
+    sm100_heuristic,
+)
+from pallas_kernels.sparse_decode.work import each_block, final_factor, pieces_of_part
+
+SOFTMAX, KEY, COPY, MULTIPLY = range(4)  # warpgroups
+SCORES, VALUES = range(2)  # warps of the last one
+WGMMA_COLUMN = WGMMA.reduce(0)  # a product of 64 rows lies in registers as a wgmma's does
+ACC_COLUMNS = 128  # of one accumulator at most: 64 registers a thread when it is rescaled
+LOWEST = -3.0e38  # below any score, and finite: exp2(-inf - LOWEST) is 0, not NaN
+LAZY = 8.0  # in base-2 logarithms
+
+
+def value_parts(fmt: KVFormat) -> list[tuple[str, int, int]]:
+    """V's columns as accumulators hold them: (buffer, first column of it, number of columns), in order."""
+    parts = [
+        ("latent", column, min(ACC_COLUMNS, fmt.d_nope - column)) for column in range(0, fmt.d_nope, ACC_COLUMNS)
+    ]
+    if fmt.d_v > fmt.d_nope:
+        parts.append(("rope", 0, fmt.d_v - fmt.d_nope))
+    return parts
+
+
+def scratch_types(fmt: KVFormat) -> dict[str, Any]:
+    """Shared memory, tensor memory and barriers of one CTA."""
+    barrier, by_tensor_core = plgpu.Barrier, functools.partial(plgpu.Barrier, orders_tensor_core=True)
+    return dict(
+        q=mgpu.tile((TILE_HEADS, fmt.d_qk), swizzle_bytes=gather.KEY_TILE_BYTES),
+        **gather.stage_types(fmt),
+        p=mgpu.tile((TILE_HEADS, BLOCK_TOKENS)),
+        rows=plgpu.SMEM((STAGES, BLOCK_TOKENS), jnp.float32),  # 0 for a key, -inf for none
+        s=plgpu.TMEM((TILE_HEADS, BLOCK_TOKENS), jnp.float32),
+        o=[plgpu.TMEM((TILE_HEADS, columns), jnp.float32) for _, _, columns in value_parts(fmt)],
+        landed=barrier(num_arrivals=2, num_barriers=STAGES),
+        full=barrier(num_barriers=STAGES),
+        empty=by_tensor_core(num_barriers=STAGES),
+        s_ready=by_tensor_core(),
+        s_free=by_tensor_core(),
+        p_ready=by_tensor_core(),
+        pv_done=by_tensor_core(),
+        q_ready=barrier(),
+        q_free=by_tensor_core(),
+    )
+
+
+# -- warpgroup roles ---------------------------------------------------------------------------------------------
+
+
+def _set_registers(count):
+    # The wrong direction is an illegal instruction.
+    plgpu.set_max_registers(count, action="increase" if count > MAX_REGISTERS // 4 else "decrease")
+
+
+def _stage(block):
+    return lax.rem(block, jnp.int32(STAGES))
+
+
+def _row_vector(value):
+    return plgpu.layout_cast(jnp.full((TILE_HEADS,), value, jnp.float32), WGMMA_ROW)
+
+
+def _rescale(o, factor):
+    """O *= factor [64], in tensor memory."""
+    for o_ref in o:
+        x = plgpu.async_load_tmem(o_ref, layout=WGMMA)
+        plgpu.wait_load_tmem()
+        plgpu.async_store_tmem(o_ref, x * rows_to_tile(factor, x.shape))
+
+
+def _softmax_warpgroup(call, *, p, rows, s, o, s_ready, s_free, p_ready, pv_done):
+    """Softmax, the upkeep of O, and results."""
+    _set_registers(call.config.softmax_registers)
+    tile = lax.axis_index("tile")
+    scale2 = call.scale[0] * mgpu.LOG2_E
+    plgpu.barrier_arrive(s_free)
+
+    def block(i, carry, first_block):
+        top, total = carry  # [64] each
+        plgpu.barrier_wait(s_ready)
+        scores = plgpu.async_load_tmem(s, layout=WGMMA)  # [64 heads, 64 keys]
+        plgpu.wait_load_tmem()
+        plgpu.barrier_arrive(s_free)
+        bias = plgpu.load(rows.at[_stage(first_block + i)], layout=WGMMA_COLUMN)  # [64 keys]
+        scores = scores * scale2 + lax.broadcast_in_dim(bias, scores.shape, [1])
+        highest = jnp.maximum(top, scores.max(axis=1))
+        grown = call.ops.any_row((highest > top + LAZY).astype(jnp.int32)) != 0
+        new_top = jnp.where(lax.broadcast_in_dim(grown, top.shape, []), highest, top)
+        rescale = jnp.exp2(top - new_top)
+        weights = jnp.exp2(scores - rows_to_tile(new_top, scores.shape))
+        total = total * rescale + weights.sum(axis=1)
+
+        @pl.when(i > 0)
+        def _():
+            plgpu.barrier_wait(pv_done)  # of the block before: P has been read, O is whole
+            pl.when(grown)(lambda: _rescale(o, rescale))
+
+        p[...] = weights.astype(jnp.bfloat16)
+        call.ops.publish_smem()
+        plgpu.commit_tmem()
+        plgpu.barrier_arrive(p_ready)
+        return new_top, total
+
+    def attend(index, this, first_block):
+        item, _, count, _, siblings = this
+        carry = _row_vector(LOWEST), _row_vector(0)
+        top, total = lax.fori_loop(0, count, functools.partial(block, first_block=first_block), carry)
+        factor, lse2 = final_factor(top, total, call.sink, siblings, tile)
+        call.results.store_lse(lse2, index, item, siblings, tile)
+        plgpu.barrier_wait(pv_done)
+        column = 0
+        for o_ref in o:
+            x = plgpu.async_load_tmem(o_ref, layout=WGMMA)
+            plgpu.wait_load_tmem()
+            call.results.store((x * rows_to_tile(factor, x.shape),), index, item, siblings, tile, column)
+            column += x.shape[1]
+
+    def piece(index, this, following, first_block):
+        del following
+        item, _, count, _, siblings = this
+        pl.when(count > 0)(lambda: attend(index, this, first_block))
+
+        @pl.when(count == 0)
+        def _none():
+            nothing = [plgpu.layout_cast(jnp.zeros(o_ref.shape, jnp.float32), WGMMA) for o_ref in o]
+            call.results.store(nothing, index, item, siblings, tile, 0)
+            call.results.store_lse(_row_vector(-jnp.inf), index, item, siblings, tile)
+
+        return first_block + count
+
+    pieces_of_part(call.parts, call.pieces, call.lengths, piece)
+
+
+def _multiply_warpgroup(call, *, q, latents, ropes, p, s, o, full, empty, s_ready, s_free, p_ready, pv_done, q_ready,
+                        q_free):  # fmt: skip
+    """Issues products: one warp the scores', one the values'."""
+    _set_registers(call.config.multiply_registers)
+    tile = lax.axis_index("tile")
+    fmt = call.fmt
+    (latent, _), (rope, _) = latents, ropes
+
+    def scores():
+        def block(i, carry, first_block):
+            stage = _stage(first_block + i)
+            plgpu.barrier_wait(full.at[stage])
+            plgpu.barrier_wait(s_free)
+            nope = pl.ds(0, fmt.d_nope)
+            plgpu.tcgen05_mma(s, q.at[:, nope], latent.at[stage].transpose((1, 0)), accumulate=False)
+            plgpu.tcgen05_mma(s, q.at[:, pl.ds(fmt.d_nope, fmt.d_rope)], rope.at[stage].transpose((1, 0)))
+            plgpu.tcgen05_commit_arrive(s_ready)
+            return carry
+
+        def piece(index, this, following, first_block):
+            del index, following
+            item, _, count, _, _ = this
+
+            @pl.when(count > 0)
+            def _():
+                first_row = item * call.q_rows + tile * TILE_HEADS
+                plgpu.copy_gmem_to_smem(call.q.at[pl.ds(first_row, TILE_HEADS)], q, q_ready)
+                plgpu.barrier_wait(q_ready)
+                lax.fori_loop(0, count, functools.partial(block, first_block=first_block), jnp.int32(0))
+                plgpu.tcgen05_commit_arrive(q_free)
+                plgpu.barrier_wait(q_free)  # Q may be overwritten
+
+            return first_block + count
+
+        pieces_of_part(call.parts, call.pieces, call.lengths, piece)
+        plgpu.barrier_wait(s_free)  # drains it
+
+    def values():
+        for stage in range(STAGES):
+            plgpu.tcgen05_commit_arrive(empty.at[stage])  # after nothing: they are empty
+
+        def block(i, carry, first_block):
+            stage = _stage(first_block + i)
+            plgpu.barrier_wait(p_ready)
+            for o_ref, (buffer, column, columns) in zip(o, value_parts(fmt), strict=True):
+                keys = {"latent": latent, "rope": rope}[buffer]
+                plgpu.tcgen05_mma(o_ref, p, keys.at[stage, :, pl.ds(column, columns)], accumulate=i > 0)
+            plgpu.tcgen05_commit_arrive(empty.at[stage])
+            plgpu.tcgen05_commit_arrive(pv_done)
+            return carry
+
+        def piece(index, this, following, first_block):
+            del index, following
+            count = this[2]
+            lax.fori_loop(0, count, functools.partial(block, first_block=first_block), jnp.int32(0))
+            return first_block + count
+
+        pieces_of_part(call.parts, call.pieces, call.lengths, piece)
+
+    @plgpu.warp_map
+    def _(warp):
+        pl.when(warp == SCORES)(scores)
+        pl.when(warp == VALUES)(values)
+
+
+def _key_warpgroup(call, *, latents, ropes, rows, landed, full):
+    """Keys of every block from their raw rows."""
+    _set_registers(call.config.key_registers)
+
+    def load(k, item, j):
+        slots = call.ops.load_slots(call.indices[k], item, j, call.lengths[k](item), call.scopes[k])
+        return slots, call.ops.load_scales(call.data[k], slots, call.scopes[k])
+
+    def block(k, item, j, number, carry):
+        slots, scales = carry
+        following = load(k, item, j + 1)
+        stage = _stage(number)
+        plgpu.barrier_wait(landed.at[stage])
+        call.ops.finish_block(slots, scales, latents, ropes, rows, stage, call.scopes[k])
+        plgpu.barrier_arrive(full.at[stage])
+        return following
+
+    each_block(call.parts, call.pieces, call.lengths, call.scopes, load, block)
+
+
+def _copy_warpgroup(call, *, latents, ropes, landed, empty):
+    """Raw rows of every block into its stage, as soon as that is free."""
+    _set_registers(call.config.copy_registers)
+
+    def load(k, item, j):
+        return call.ops.copy_indices(call.indices[k], item, j, call.lengths[k](item), call.scopes[k])
+
+    def block(k, item, j, number, slots):
+        stage = _stage(number)
+        following = load(k, item, j + 1)
+        plgpu.barrier_wait(empty.at[stage])
+        call.ops.start_copy(call.data[k], slots, latents, ropes, landed, stage, call.scopes[k])
+        return following
+
+    each_block(call.parts, call.pieces, call.lengths, call.scopes, load, block)
+    for stage in range(STAGES):
+        plgpu.barrier_wait(empty.at[stage])  # drains it
+
+
+def _run(call, **scratch):
+    """One CTA."""
+    wg = lax.axis_index("wg")
+    roles = {
+        SOFTMAX: (_softmax_warpgroup, "p rows s o s_ready s_free p_ready pv_done"),
+        KEY: (_key_warpgroup, "latents ropes rows landed full"),
+        COPY: (_copy_warpgroup, "latents ropes landed empty"),
+        MULTIPLY: (
+            _multiply_warpgroup,
+            "q latents ropes p s o full empty s_ready s_free p_ready pv_done q_ready q_free",
+        ),
+    }
+    for number, (role, names) in roles.items():
+        pl.when(wg == number)(functools.partial(role, call, **{name: scratch[name] for name in names.split()}))
+
+
+KERNEL = work.Kernel(
+    heuristic=sm100_heuristic,
+    operations=gather.operations,
+    scratch_types=lambda fmt, ops: scratch_types(fmt),
+    view=gather.row_view,
+    run=_run,
+    num_warpgroups=4,
+)
+
+sparse_decode = functools.partial(work.sparse_decode, KERNEL)
