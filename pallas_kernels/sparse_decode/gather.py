@@ -5,9 +5,10 @@ A stage of 64 keys is two buffers in the tiles that tcgen05 reads: `latent[stage
 what a key that does not count gets: nothing is read for it, and nothing but zeros ever meets a product.
 
 * bf16 caches: straight to `latent` and `rope`.
-* Quantised caches: RoPE values straight to `rope`, which `raw_rope` names as bytes. Their e4m3 bytes go to the end of
-  `latent[stage]`, which `raw` names as bytes (there is no room for a buffer of their own), and are dequantised in
-  place: for each half of the block's rows, all warps read their raw bytes, meet, and write the bf16 values.
+* Quantised caches: e4m3 bytes go to the end of `latent[stage]`, which `raw` names as bytes (there is no room for a
+  buffer of their own), and are dequantised in place: for each half of the block's rows, all warps read their raw bytes,
+  meet, and write the bf16 values. RoPE values go to `rope[stage]`, which `raw_rope` names as bytes, in plain rows (TMA
+  gathers into tiles only from columns that are multiples of them), and each warp brings its own rows into tiles.
 
         latent[stage]  | rows 0-31 as bf16       | rows 32-63 as bf16      |
         raw[stage]                       | rows 0-31   | rows 32-63   |        bytes, right-aligned
@@ -22,8 +23,7 @@ Scales are loaded a block ahead, straight to registers. `value = bf16(e4m3 * sca
 |---|---|---|
 | `copy_indices`, `load_slots` | predicated loads, for TMA and for a lane's rows | plain loads |
 | `load_scales` | predicated loads in the layout of a lane's rows | plain loads |
-| `finish_block` | e4m3 bytes of `raw`, dequantised by PTX; mask | jax.numpy |
-| | `raw_rope` and `rope` are one memory | copies one to the other |
+| `finish_block` | `raw` to `latent`, `raw_rope` to `rope`, and the mask, by PTX | jax.numpy |
 | `any_row` | `barrier.red.or` of the warpgroup | `jnp.max` |
 | `store_rows`, `store_row_values` | as on SM90 (dequant.py) | as on SM90 |
 
@@ -79,6 +79,8 @@ from pallas_kernels.sparse_decode.lanes import (
     scalar,
     scale_values,
     smem,
+    store16,
+    sync_warp,
     wide,
 )
 
@@ -122,7 +124,7 @@ def stage_types(fmt: KVFormat) -> dict[str, plgpu.RefUnion]:
     latent = mgpu.tile((STAGES, BLOCK_TOKENS, fmt.d_nope), swizzle_bytes=KEY_TILE_BYTES)
     raw = mgpu.tile((STAGES, raw_rows(fmt), raw_row_bytes(fmt)), jnp.uint8, RAW_TILE_BYTES)
     rope = mgpu.tile((STAGES, BLOCK_TOKENS, fmt.d_rope), swizzle_bytes=KEY_TILE_BYTES)
-    raw_rope = mgpu.tile((STAGES, BLOCK_TOKENS, 2 * fmt.d_rope), jnp.uint8, KEY_TILE_BYTES)
+    raw_rope = plgpu.SMEM((STAGES, BLOCK_TOKENS, 2 * fmt.d_rope), jnp.uint8)
     return dict(latents=plgpu.RefUnion(latent, raw), ropes=plgpu.RefUnion(rope, raw_rope))
 
 
@@ -236,8 +238,10 @@ class GatherHardware(Gather, dequant.SparseHardware):
         """
         fmt = scope.fmt
 
-        @plgpu.inline_mgpu(arg_types=(BLOCK_ROW, (BLOCK_ROW,) * len(scales), KEY_TILES, RAW_TILES, REF, SPLAT))
-        def finish(_, slots, scales, latent, raw, rows, stage):
+        @plgpu.inline_mgpu(
+            arg_types=(BLOCK_ROW, (BLOCK_ROW,) * len(scales), KEY_TILES, RAW_TILES, KEY_TILES, REF, SPLAT)
+        )
+        def finish(_, slots, scales, latent, raw, rope, rows, stage):
             lane = Lane()
             bias = add(smem(rows), mul(scalar(stage), 4 * BLOCK_TOKENS))
             bias = add(bias, mul(add(mul(lane.warp, GROUP_ROWS), lane.row), 4))
@@ -246,6 +250,7 @@ class GatherHardware(Gather, dequant.SparseHardware):
                 asm(f"st.shared.b32 [$0+{128 * k}], $1;", "r,r", bias, mask)
             if fmt.is_quantized:
                 words = [row_values(s) for s in scales]
+                self._arrange_rope(lane, rope, scalar(stage), fmt)
                 for k in range(GROUPS_PER_WARP):
                     chunks = self._read_raw(lane, smem(raw), scalar(stage), k, fmt)
                     mosaic.utils.warpgroup_barrier()  # all warps hold the half's bytes: they may be overwritten
@@ -253,8 +258,28 @@ class GatherHardware(Gather, dequant.SparseHardware):
                     dequantize_latent(even, chunks, scale_values([w[k] for w in words], fmt), fmt)
             asm("fence.proxy.async.shared::cta;")
 
-        (latent, raw), _ = latents, ropes
-        finish(slots, tuple(scales), latent, raw, rows, stage)
+        (latent, raw), (rope, _) = latents, ropes
+        finish(slots, tuple(scales), latent, raw, rope, rows, stage)
+
+    def _arrange_rope(self, lane, rope, stage, fmt):
+        """RoPE rows of the warp's groups, as plain bytes, to tiles in the same memory. A lane a chunk."""
+        row_bytes = 2 * fmt.d_rope
+        lanes = const(row_bytes // CHUNK_BYTES, i32())  # a row
+        row, chunk = arith.divui(lane.lane, lanes), arith.remui(lane.lane, lanes)
+        groups = [lane.group(rope, stage, k, fmt.d_rope) for k in range(GROUPS_PER_WARP)]
+        rows_at_once = mgpu.WARP * CHUNK_BYTES // row_bytes
+        source = add(mul(row, row_bytes), mul(chunk, CHUNK_BYTES))
+        steps = range(GROUP_ROWS // rows_at_once)
+        words = [[load16(add(g, source), n * rows_at_once * row_bytes) for n in steps] for g in groups]
+        sync_warp()  # every lane holds its bytes: they may be overwritten
+        tile_chunks = KEY_TILE_BYTES // CHUNK_BYTES
+        tile, within = arith.divui(chunk, const(tile_chunks, i32())), arith.remui(chunk, const(tile_chunks, i32()))
+        for group, group_words in zip(groups, words, strict=True):
+            for n in steps:
+                group_row = add(row, n * rows_at_once)
+                place = arith.xori(within, arith.divui(group_row, const(2, i32())))
+                at = add(mul(tile, GROUP_ROWS * KEY_TILE_BYTES), mul(group_row, KEY_TILE_BYTES))
+                store16(add(group, add(at, mul(place, CHUNK_BYTES))), 0, group_words[n])
 
     def _read_raw(self, lane, raw, stage, k, fmt):
         """The lane's chunks of its row of the warp's k-th group: one of each 64 latent columns."""
@@ -289,7 +314,8 @@ class GatherHardware(Gather, dequant.SparseHardware):
                 mine = arith.ori(mine, value)
             flag = arith.xori(equal(mine, 0), const(1, ir.IntegerType.get_signless(1)))
             text = f"barrier.red.or.pred p, {VOTE_BARRIER}, {mgpu.WARPGROUP}, $1; selp.b32 $0, 1, 0, p;"
-            return asm(f"{{ .reg .pred p; {text} }}", "=r,b", flag, result="i32")
+            any_flag = asm(f"{{ .reg .pred p; {text} }}", "=r,b", flag, result="i32")
+            return mosaic.FragmentedArray.splat(any_flag, (), is_signed=True)
 
         return vote(flags)
 
