@@ -4,7 +4,8 @@
 
 1. `pl.run_state(f)(plgpu.ACC.init(x))`: becomes x plus what `f` adds to an accumulator of zeros.
 2. `plgpu.wgmma` with its left operand in registers.
-3. Race checks of what wgmma reads from shared memory (upstream checks TMA and plain accesses only). A product is taken
+3. TMA gather, `plgpu.copy_gmem_to_smem(rows.at[indices, columns], ...)`: a row out of range is zeros, as on hardware.
+4. Race checks of what wgmma reads from shared memory (upstream checks TMA and plain accesses only). A product is taken
    to be awaited at once: overlap that `wgmma_wait(n > 0)` allows is not modelled.
 
 `run()` calls a kernel under it with race detection on, and fails if a race was seen.
@@ -27,6 +28,7 @@ from jax._src.pallas.mosaic_gpu.interpret import (
     jaxpr_interpret,
     shared_memory,
 )
+from jax._src.state import indexing
 from jax._src.state import types as state_types
 
 
@@ -44,6 +46,11 @@ def extended():
     with (
         mock.patch.object(pl, "run_state", functools.partial(_run_state, pl.run_state)),
         mock.patch.object(interpreter, "_interpret_wgmma_ref_p", _interpret_wgmma),
+        mock.patch.object(
+            gpu_callbacks,
+            "copy_gmem_to_smem",
+            functools.partial(_copy_gmem_to_smem, gpu_callbacks.copy_gmem_to_smem),
+        ),
     ):
         yield
 
@@ -87,6 +94,60 @@ def _run_state(original, function):
         return results if several else results[0]
 
     return run
+
+
+class _Gather(gpu_callbacks.AsyncCopyGmemToSmemTask):
+    """A TMA load whose rows are named one by one."""
+
+    rows: np.ndarray  # [n]
+    columns: slice
+
+    def __call__(self, tma_thread_id):
+        memory = gpu_callbacks._get_shared_memory()
+        self.pre_read(tma_thread_id, memory)
+        source, _, _ = memory.get_buffer_content(
+            self.src_allocation_key, self.src_access, self.thread, logging_info=self.logging_info
+        )
+        in_range = (self.rows >= 0) & (self.rows < source.shape[0])  # [n]
+        values = source[np.where(in_range, self.rows, 0), self.columns]  # [n, columns]
+        values[~in_range] = np.zeros((), values.dtype)
+        self.post_read(tma_thread_id, memory)
+        memory.store_buffer_content(
+            self.dst_allocation_key, self.dst_access, values, self.thread, logging_info=self.logging_info
+        )
+        self.post_write(tma_thread_id, memory)
+
+
+def _copy_gmem_to_smem(original, *, src_transforms, **kwargs):
+    indexers = [t for t in src_transforms if isinstance(t, indexing.NDIndexer)]
+    if not any(np.ndim(index) == 1 for t in indexers for index in t.indices if not isinstance(index, indexing.Slice)):
+        return original(src_transforms=src_transforms, **kwargs)
+    return _gather(indexers, **kwargs)
+
+
+@gpu_callbacks.fail_on_exception
+def _gather(
+    indexers, *, token, mesh_location, thread, src_allocation_key_as_array, dst_allocation_key_as_array,
+    dst_transforms, barrier_allocation_key_as_array, source_info=None,
+):  # fmt: skip
+    (indexer,) = indexers
+    rows, columns = indexer.indices
+    assert columns.stride == 1
+    memory = gpu_callbacks._get_shared_memory()
+    source = gpu_callbacks.HostAllocationKey.from_array(src_allocation_key_as_array)
+    target = gpu_callbacks.HostAllocationKey.from_array(dst_allocation_key_as_array)
+    dst_transforms = jax.tree.map(int, gpu_callbacks._remove_noop_transforms(dst_transforms))
+    task = _Gather(
+        mesh_location=mesh_location, thread=thread, src_allocation_key=source, src_access=memory.access(source, ()),
+        dst_allocation_key=target, dst_access=memory.access(target, dst_transforms),
+        barrier_allocation_key=gpu_callbacks.HostAllocationKey.from_array(barrier_allocation_key_as_array),
+        source_info=source_info, clock=memory.incr_clock(thread) if memory.detect_races else None,
+    )  # fmt: skip
+    task.rows = np.asarray(rows).astype(np.int64)
+    first = int(columns.start)
+    task.columns = slice(first, first + columns.size)
+    memory.execute_async_task(task)
+    return token
 
 
 def _read(memory, key, transforms, thread, logging_info, source_info):
