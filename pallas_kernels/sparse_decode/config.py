@@ -58,10 +58,10 @@ class SparseConfigSm100:
       softmax_registers, key_registers, copy_registers, multiply_registers: registers a thread of the four warpgroups.
     """
 
-    softmax_registers: int = 184
-    key_registers: int = 168
-    copy_registers: int = 80
-    multiply_registers: int = 80
+    softmax_registers: int = 208
+    key_registers: int = 160
+    copy_registers: int = 72
+    multiply_registers: int = 72
 
     def __post_init__(self) -> None:
         _check_registers(

@@ -1,17 +1,17 @@
 """Rows of the cache -> bf16 keys in shared memory on SM100, by index: TMA gather, then dequantise in place.
 
-A stage of 64 keys is two buffers in the tiles that tcgen05 reads: `latent[stage]`, bf16 [64, d_nope], and
-`rope[stage]`, bf16 [64, 64]. TMA gathers four rows an instruction (gather4); a row number of -1 gives zeros, which is
+A stage of 64 keys is two buffers in the tiles that tcgen05 reads: `latent`, bf16 [64, d_nope], and `rope`, bf16
+[64, 64]. TMA gathers four rows an instruction (gather4); a row number of -1 gives zeros, which is
 what a key that does not count gets: nothing is read for it, and nothing but zeros ever meets a product.
 
 * bf16 caches: straight to `latent` and `rope`.
-* Quantised caches: e4m3 bytes go to the end of `latent[stage]`, which `raw` names as bytes (there is no room for a
+* Quantised caches: e4m3 bytes go to the end of `latent`, which `raw` names as bytes (there is no room for a
   buffer of their own), and are dequantised in place: for each half of the block's rows, all warps read their raw bytes,
-  meet, and write the bf16 values. RoPE values go to `rope[stage]`, which `raw_rope` names as bytes, in plain rows (TMA
+  meet, and write the bf16 values. RoPE values go to `rope`, which `raw_rope` names as bytes, in plain rows (TMA
   gathers into tiles only from columns that are multiples of them), and each warp brings its own rows into tiles.
 
-        latent[stage]  | rows 0-31 as bf16       | rows 32-63 as bf16      |
-        raw[stage]                       | rows 0-31   | rows 32-63   |        bytes, right-aligned
+        latent  | rows 0-31 as bf16       | rows 32-63 as bf16      |
+        raw                       | rows 0-31   | rows 32-63   |        bytes, right-aligned
 
   The first half's values never reach the second half's bytes (`check_in_place`).
 
@@ -31,6 +31,10 @@ The gathers themselves (`start_copy`), all barriers, products and tensor memory 
 """
 
 from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.experimental.pallas as pl
@@ -106,7 +110,7 @@ def raw_row_bytes(fmt: KVFormat) -> int:
 
 
 def raw_rows(fmt: KVFormat) -> int:
-    """Rows of `raw[stage]`: as many as `latent[stage]` has room for. The last 64 are used."""
+    """Rows of `raw`: as many as `latent` has room for. The last 64 are used."""
     return BLOCK_TOKENS * fmt.d_nope * 2 // raw_row_bytes(fmt)
 
 
@@ -118,14 +122,34 @@ def check_in_place(fmt: KVFormat) -> None:
         raise ValueError(f"{fmt.name}: raw bytes do not fit where their dequantised values go")
 
 
-def stage_types(fmt: KVFormat) -> dict[str, plgpu.RefUnion]:
-    """Shared memory of all stages: keys, and the same memory as bytes."""
+class Stage(NamedTuple):
+    """Shared memory of a stage's keys, and (`raw`, `raw_rope`) the same memory as bytes."""
+
+    latent: Any  # bf16 [64, d_nope]
+    raw: Any  # uint8 [raw_rows, raw_row_bytes]
+    rope: Any  # bf16 [64, d_rope]
+    raw_rope: Any  # uint8 [64, 2 * d_rope]
+
+
+def stage_types(fmt: KVFormat) -> list[tuple[plgpu.RefUnion, plgpu.RefUnion]]:
+    """Scratch types of all stages; `stages` gives their references names."""
     check_in_place(fmt)
-    latent = mgpu.tile((STAGES, BLOCK_TOKENS, fmt.d_nope), swizzle_bytes=KEY_TILE_BYTES)
-    raw = mgpu.tile((STAGES, raw_rows(fmt), raw_row_bytes(fmt)), jnp.uint8, RAW_TILE_BYTES)
-    rope = mgpu.tile((STAGES, BLOCK_TOKENS, fmt.d_rope), swizzle_bytes=KEY_TILE_BYTES)
-    raw_rope = plgpu.SMEM((STAGES, BLOCK_TOKENS, 2 * fmt.d_rope), jnp.uint8)
-    return dict(latents=plgpu.RefUnion(latent, raw), ropes=plgpu.RefUnion(rope, raw_rope))
+    latent = mgpu.tile((BLOCK_TOKENS, fmt.d_nope), swizzle_bytes=KEY_TILE_BYTES)
+    raw = mgpu.tile((raw_rows(fmt), raw_row_bytes(fmt)), jnp.uint8, RAW_TILE_BYTES)
+    rope = mgpu.tile((BLOCK_TOKENS, fmt.d_rope), swizzle_bytes=KEY_TILE_BYTES)
+    raw_rope = plgpu.SMEM((BLOCK_TOKENS, 2 * fmt.d_rope), jnp.uint8)
+    return [(plgpu.RefUnion(latent, raw), plgpu.RefUnion(rope, raw_rope)) for _ in range(STAGES)]
+
+
+def stages(refs) -> list[Stage]:
+    """The references that `stage_types` became."""
+    return [Stage(*latents, *ropes) for latents, ropes in refs]
+
+
+def for_stage(number: jax.Array, stages: list[Stage], run: Callable[[Stage], None]) -> None:
+    """run(stages[number]). Stages are buffers of their own, whose places are thus known when the kernel is compiled."""
+    for n, stage in enumerate(stages):
+        pl.when(number == n)(functools.partial(run, stage))
 
 
 def row_view(pages: jax.Array, scope: Scope) -> jax.Array:
@@ -151,26 +175,25 @@ def rows_of(slots: jax.Array, scope: Scope) -> jax.Array:
 class Gather:
     """What both tables share."""
 
-    def start_copy(self, data, slots, latents, ropes, landed, stage, scope: Scope) -> None:
-        """Begins to gather a block's rows into a free stage; `landed[stage]` completes when they are there.
+    def start_copy(self, data, slots, stage: Stage, landed, scope: Scope) -> None:
+        """Begins to gather a block's rows into a free stage; `landed` completes when they are there.
 
         Args:
           data: what `row_view` made.
-          slots: int32 [64] from `load_slots` with `INDICES`.
+          slots: int32 [64] from `copy_indices`.
         """
         fmt = scope.fmt
         rows = rows_of(slots, scope)  # [64]
-        (latent, raw), (rope, raw_rope) = latents, ropes
         if fmt.is_quantized:
-            width, first = raw_row_bytes(fmt), raw_rows(fmt) - BLOCK_TOKENS
-            pieces = (
-                (pl.ds(0, width), raw.at[stage, pl.ds(first, BLOCK_TOKENS)]),
-                (pl.ds(scope.rope_offset_bytes, 2 * fmt.d_rope), raw_rope.at[stage]),
+            first = raw_rows(fmt) - BLOCK_TOKENS
+            copies = (
+                (pl.ds(0, raw_row_bytes(fmt)), stage.raw.at[pl.ds(first, BLOCK_TOKENS)]),
+                (pl.ds(scope.rope_offset_bytes, 2 * fmt.d_rope), stage.raw_rope),
             )
         else:
-            pieces = ((pl.ds(0, fmt.d_nope), latent.at[stage]), (pl.ds(fmt.d_nope, fmt.d_rope), rope.at[stage]))
-        for columns, target in pieces:
-            plgpu.copy_gmem_to_smem(data.at[rows, columns], target, landed.at[stage])
+            copies = ((pl.ds(0, fmt.d_nope), stage.latent), (pl.ds(fmt.d_nope, fmt.d_rope), stage.rope))
+        for columns, target in copies:
+            plgpu.copy_gmem_to_smem(data.at[rows, columns], target, landed)
 
 
 class GatherHardware(Gather, dequant.SparseHardware):
@@ -230,43 +253,60 @@ class GatherHardware(Gather, dequant.SparseHardware):
 
         return tuple(load(data, slots))
 
-    def finish_block(self, slots, scales, latents, ropes, rows, stage, scope: Scope) -> None:
-        """Once the rows have landed: dequantises them, writes the mask, makes it all visible to tcgen05.
+    def finish_block(self, slots, scales, stages: list[Stage], number, rows, scope: Scope) -> None:
+        """Once a block's rows have landed in stage `number`: keys and mask, visible to tcgen05 after a barrier.
 
         Args:
           slots, scales: in BLOCK_ROW layout, of `load_slots` and `load_scales`.
+          rows: float32 `[STAGES, 64]` in shared memory: the mask.
         """
         fmt = scope.fmt
+        buffers = [(stage.latent, stage.raw, stage.rope) for stage in stages]
 
         @plgpu.inline_mgpu(
-            arg_types=(BLOCK_ROW, (BLOCK_ROW,) * len(scales), KEY_TILES, RAW_TILES, KEY_TILES, REF, SPLAT)
+            arg_types=(
+                BLOCK_ROW,
+                (BLOCK_ROW,) * len(scales),
+                [(KEY_TILES, RAW_TILES, KEY_TILES)] * len(stages),
+                REF,
+                SPLAT,
+            )
         )
-        def finish(_, slots, scales, latent, raw, rope, rows, stage):
+        def finish(_, slots, scales, buffers, rows, number):
             lane = Lane()
-            bias = add(smem(rows), mul(scalar(stage), 4 * BLOCK_TOKENS))
+            number = scalar(number)
+            bias = add(smem(rows), mul(number, 4 * BLOCK_TOKENS))
             bias = add(bias, mul(add(mul(lane.warp, GROUP_ROWS), lane.row), 4))
             for k, slot in enumerate(row_values(slots)):
                 mask = arith.select(is_key(slot, scope), const(0, i32()), const(MINUS_INFINITY, i32()))
                 asm(f"st.shared.b32 [$0+{128 * k}], $1;", "r,r", bias, mask)
             if fmt.is_quantized:
+                latent, raw, rope = self._addresses(buffers, number)
                 words = [row_values(s) for s in scales]
-                self._arrange_rope(lane, rope, scalar(stage), fmt)
+                self._arrange_rope(lane, rope, fmt)
                 for k in range(GROUPS_PER_WARP):
-                    chunks = self._read_raw(lane, smem(raw), scalar(stage), k, fmt)
+                    chunks = self._read_raw(lane, raw, k, fmt)
                     mosaic.utils.warpgroup_barrier()  # all warps hold the half's bytes: they may be overwritten
-                    even = self._key_address(lane, lane.group(latent, scalar(stage), k, fmt.d_nope))
+                    even = self._key_address(lane, lane.group_at(latent, k, fmt.d_nope))
                     dequantize_latent(even, chunks, scale_values([w[k] for w in words], fmt), fmt)
             asm("fence.proxy.async.shared::cta;")
 
-        (latent, raw), (rope, _) = latents, ropes
-        finish(slots, tuple(scales), latent, raw, rope, rows, stage)
+        finish(slots, tuple(scales), buffers, rows, number)
 
-    def _arrange_rope(self, lane, rope, stage, fmt):
+    def _addresses(self, buffers, number):
+        """Shared-memory addresses of the buffers of stage `number`."""
+        found = [smem(ref) for ref in buffers[0]]
+        for n, refs in enumerate(buffers[1:], 1):
+            here = equal(number, n)
+            found = [arith.select(here, smem(ref), other) for ref, other in zip(refs, found, strict=True)]
+        return found
+
+    def _arrange_rope(self, lane, rope, fmt):
         """RoPE rows of the warp's groups, as plain bytes, to tiles in the same memory. A lane a chunk."""
         row_bytes = 2 * fmt.d_rope
         lanes = const(row_bytes // CHUNK_BYTES, i32())  # a row
         row, chunk = arith.divui(lane.lane, lanes), arith.remui(lane.lane, lanes)
-        groups = [lane.group(rope, stage, k, fmt.d_rope) for k in range(GROUPS_PER_WARP)]
+        groups = [lane.group_at(rope, k, fmt.d_rope) for k in range(GROUPS_PER_WARP)]
         rows_at_once = mgpu.WARP * CHUNK_BYTES // row_bytes
         source = add(mul(row, row_bytes), mul(chunk, CHUNK_BYTES))
         steps = range(GROUP_ROWS // rows_at_once)
@@ -281,13 +321,11 @@ class GatherHardware(Gather, dequant.SparseHardware):
                 at = add(mul(tile, GROUP_ROWS * KEY_TILE_BYTES), mul(group_row, KEY_TILE_BYTES))
                 store16(add(group, add(at, mul(place, CHUNK_BYTES))), 0, group_words[n])
 
-    def _read_raw(self, lane, raw, stage, k, fmt):
+    def _read_raw(self, lane, raw, k, fmt):
         """The lane's chunks of its row of the warp's k-th group: one of each 64 latent columns."""
         width = raw_row_bytes(fmt)
-        group_bytes = GROUP_ROWS * width
-        first = (raw_rows(fmt) - BLOCK_TOKENS) * width
-        group = add(raw, add(mul(stage, raw_rows(fmt) * width), first))
-        group = add(group, mul(add(lane.warp, 4 * k), group_bytes))
+        group = add(raw, mul(add(lane.warp, 4 * k), GROUP_ROWS * width))
+        group = add(group, (raw_rows(fmt) - BLOCK_TOKENS) * width)
         places = [lane.swizzled(group, add(lane.chunk, LANE_CHUNKS * half)) for half in range(2)]
         tile_bytes = GROUP_ROWS * RAW_TILE_BYTES
         return [load16(places[n % 2], tile_bytes * (n // 2)) for n in range(fmt.d_nope // COLUMN_TILE)]
@@ -344,19 +382,21 @@ class GatherInterpreted(Gather, dequant.SparseInterpreted):
             bits = lax.bitcast_convert_type(raw.reshape(BLOCK_TOKENS, what.count, 4), jnp.int32)
         return (jnp.where(key[:, None], lax.bitcast_convert_type(bits, jnp.float32), 0.0),)
 
-    def finish_block(self, slots, scales, latents, ropes, rows, stage, scope):
+    def finish_block(self, slots, scales, stages, number, rows, scope):
         fmt = scope.fmt
-        (latent, raw), (rope, raw_rope) = latents, ropes
         key = (slots >= 0) & (slots < scope.num_slots)  # [64]
-        rows[stage] = jnp.where(key, 0.0, MASKED).astype(jnp.float32)
-        if fmt.is_quantized:
-            first = raw_rows(fmt) - BLOCK_TOKENS
-            data = raw[stage, first:, : fmt.d_nope]  # [64, d_nope]
-            rotary = raw_rope[stage]  # [64, 128]
-            values = lax.bitcast_convert_type(data, fmt.locate("nope")[2].dtype).astype(jnp.float32)
+        rows[number] = jnp.where(key, 0.0, MASKED).astype(jnp.float32)
+
+        def finish(stage):
+            values = stage.raw[raw_rows(fmt) - BLOCK_TOKENS :, : fmt.d_nope]  # [64, d_nope]
+            rotary = stage.raw_rope[...].reshape(BLOCK_TOKENS, fmt.d_rope, 2)
+            values = lax.bitcast_convert_type(values, fmt.locate("nope")[2].dtype).astype(jnp.float32)
             values = values * jnp.repeat(scales[0], fmt.scale_tile, axis=1)  # [64, d_nope]
-            latent[stage] = values.astype(jnp.bfloat16)
-            rope[stage] = lax.bitcast_convert_type(rotary.reshape(BLOCK_TOKENS, fmt.d_rope, 2), jnp.bfloat16)
+            stage.latent[...] = values.astype(jnp.bfloat16)
+            stage.rope[...] = lax.bitcast_convert_type(rotary, jnp.bfloat16)
+
+        if fmt.is_quantized:
+            for_stage(number, stages, finish)
         self.publish_smem()
 
     def any_row(self, flags):

@@ -110,11 +110,13 @@ class Lane:
         self.row = arith.remui(self.lane, const(GROUP_ROWS, i32()))  # of a group
         self.chunk = arith.divui(self.lane, const(GROUP_ROWS, i32()))  # of LANE_CHUNKS
 
-    def group(self, kv: ir.Value, stage: ir.Value, k: int, d_qk: int) -> ir.Value:
-        """Shared-memory address of the warp's k-th group."""
-        group_bytes = GROUP_ROWS * d_qk * 2
-        first = add(smem(kv), mul(stage, BLOCK_TOKENS * d_qk * 2))
-        return add(first, mul(add(self.warp, 4 * k), group_bytes))
+    def group(self, kv: ir.Value, stage: ir.Value, k: int, columns: int) -> ir.Value:
+        """Shared-memory address of the warp's k-th group in `kv[stage]`, bf16 [64, columns]."""
+        return self.group_at(add(smem(kv), mul(stage, BLOCK_TOKENS * columns * 2)), k, columns)
+
+    def group_at(self, keys: ir.Value, k: int, columns: int) -> ir.Value:
+        """The same in keys that begin at an address."""
+        return add(keys, mul(add(self.warp, 4 * k), GROUP_ROWS * columns * 2))
 
     def swizzled(self, group: ir.Value, chunk: ir.Value) -> ir.Value:
         """Address of the lane's row's 16-byte chunk (0 to 7) in the first column tile of a group."""

@@ -53,6 +53,7 @@ from pallas_kernels.sparse_decode.config import (
     TILE_HEADS,
     sm100_heuristic,
 )
+from pallas_kernels.sparse_decode.gather import for_stage
 from pallas_kernels.sparse_decode.work import each_block, final_factor, pieces_of_part
 
 SOFTMAX, KEY, COPY, MULTIPLY = range(4)  # warpgroups
@@ -78,7 +79,7 @@ def scratch_types(fmt: KVFormat) -> dict[str, Any]:
     barrier, by_tensor_core = plgpu.Barrier, functools.partial(plgpu.Barrier, orders_tensor_core=True)
     return dict(
         q=mgpu.tile((TILE_HEADS, fmt.d_qk), swizzle_bytes=gather.KEY_TILE_BYTES),
-        **gather.stage_types(fmt),
+        stages=gather.stage_types(fmt),
         p=mgpu.tile((TILE_HEADS, BLOCK_TOKENS)),
         rows=plgpu.SMEM((STAGES, BLOCK_TOKENS), jnp.float32),  # 0 for a key, -inf for none
         s=plgpu.TMEM((TILE_HEADS, BLOCK_TOKENS), jnp.float32),
@@ -140,13 +141,14 @@ def _softmax_warpgroup(call, *, p, rows, s, o, s_ready, s_free, p_ready, pv_done
         rescale = jnp.exp2(top - new_top)
         weights = jnp.exp2(scores - rows_to_tile(new_top, scores.shape))
         total = total * rescale + weights.sum(axis=1)
+        probabilities = weights.astype(jnp.bfloat16)
 
         @pl.when(i > 0)
         def _():
             plgpu.barrier_wait(pv_done)  # of the block before: P has been read, O is whole
             pl.when(grown)(lambda: _rescale(o, rescale))
 
-        p[...] = weights.astype(jnp.bfloat16)
+        p[...] = probabilities
         call.ops.publish_smem()
         plgpu.commit_tmem()
         plgpu.barrier_arrive(p_ready)
@@ -182,22 +184,24 @@ def _softmax_warpgroup(call, *, p, rows, s, o, s_ready, s_free, p_ready, pv_done
     pieces_of_part(call.parts, call.pieces, call.lengths, piece)
 
 
-def _multiply_warpgroup(call, *, q, latents, ropes, p, s, o, full, empty, s_ready, s_free, p_ready, pv_done, q_ready,
+def _multiply_warpgroup(call, *, q, stages, p, s, o, full, empty, s_ready, s_free, p_ready, pv_done, q_ready,
                         q_free):  # fmt: skip
     """Issues products: one warp the scores', one the values'."""
     _set_registers(call.config.multiply_registers)
     tile = lax.axis_index("tile")
     fmt = call.fmt
-    (latent, _), (rope, _) = latents, ropes
 
     def scores():
         def block(i, carry, first_block):
-            stage = _stage(first_block + i)
-            plgpu.barrier_wait(full.at[stage])
+            def products(stage):
+                nope, rope = pl.ds(0, fmt.d_nope), pl.ds(fmt.d_nope, fmt.d_rope)
+                plgpu.tcgen05_mma(s, q.at[:, nope], stage.latent.transpose((1, 0)), accumulate=False)
+                plgpu.tcgen05_mma(s, q.at[:, rope], stage.rope.transpose((1, 0)))
+
+            number = _stage(first_block + i)
+            plgpu.barrier_wait(full.at[number])
             plgpu.barrier_wait(s_free)
-            nope = pl.ds(0, fmt.d_nope)
-            plgpu.tcgen05_mma(s, q.at[:, nope], latent.at[stage].transpose((1, 0)), accumulate=False)
-            plgpu.tcgen05_mma(s, q.at[:, pl.ds(fmt.d_nope, fmt.d_rope)], rope.at[stage].transpose((1, 0)))
+            for_stage(number, stages, products)
             plgpu.tcgen05_commit_arrive(s_ready)
             return carry
 
@@ -220,16 +224,19 @@ def _multiply_warpgroup(call, *, q, latents, ropes, p, s, o, full, empty, s_read
         plgpu.barrier_wait(s_free)  # drains it
 
     def values():
-        for stage in range(STAGES):
-            plgpu.tcgen05_commit_arrive(empty.at[stage])  # after nothing: they are empty
+        for number in range(STAGES):
+            plgpu.tcgen05_commit_arrive(empty.at[number])  # after nothing: they are empty
 
         def block(i, carry, first_block):
-            stage = _stage(first_block + i)
+            def products(stage):
+                for o_ref, (buffer, column, columns) in zip(o, value_parts(fmt), strict=True):
+                    keys = getattr(stage, buffer)
+                    plgpu.tcgen05_mma(o_ref, p, keys.at[:, pl.ds(column, columns)], accumulate=i > 0)
+
+            number = _stage(first_block + i)
             plgpu.barrier_wait(p_ready)
-            for o_ref, (buffer, column, columns) in zip(o, value_parts(fmt), strict=True):
-                keys = {"latent": latent, "rope": rope}[buffer]
-                plgpu.tcgen05_mma(o_ref, p, keys.at[stage, :, pl.ds(column, columns)], accumulate=i > 0)
-            plgpu.tcgen05_commit_arrive(empty.at[stage])
+            for_stage(number, stages, products)
+            plgpu.tcgen05_commit_arrive(empty.at[number])
             plgpu.tcgen05_commit_arrive(pv_done)
             return carry
 
@@ -247,7 +254,7 @@ def _multiply_warpgroup(call, *, q, latents, ropes, p, s, o, full, empty, s_read
         pl.when(warp == VALUES)(values)
 
 
-def _key_warpgroup(call, *, latents, ropes, rows, landed, full):
+def _key_warpgroup(call, *, stages, rows, landed, full):
     """Keys of every block from their raw rows."""
     _set_registers(call.config.key_registers)
 
@@ -258,16 +265,16 @@ def _key_warpgroup(call, *, latents, ropes, rows, landed, full):
     def block(k, item, j, number, carry):
         slots, scales = carry
         following = load(k, item, j + 1)
-        stage = _stage(number)
-        plgpu.barrier_wait(landed.at[stage])
-        call.ops.finish_block(slots, scales, latents, ropes, rows, stage, call.scopes[k])
-        plgpu.barrier_arrive(full.at[stage])
+        number = _stage(number)
+        plgpu.barrier_wait(landed.at[number])
+        call.ops.finish_block(slots, scales, stages, number, rows, call.scopes[k])
+        plgpu.barrier_arrive(full.at[number])
         return following
 
     each_block(call.parts, call.pieces, call.lengths, call.scopes, load, block)
 
 
-def _copy_warpgroup(call, *, latents, ropes, landed, empty):
+def _copy_warpgroup(call, *, stages, landed, empty):
     """Raw rows of every block into its stage, as soon as that is free."""
     _set_registers(call.config.copy_registers)
 
@@ -275,27 +282,31 @@ def _copy_warpgroup(call, *, latents, ropes, landed, empty):
         return call.ops.copy_indices(call.indices[k], item, j, call.lengths[k](item), call.scopes[k])
 
     def block(k, item, j, number, slots):
-        stage = _stage(number)
+        number = _stage(number)
         following = load(k, item, j + 1)
-        plgpu.barrier_wait(empty.at[stage])
-        call.ops.start_copy(call.data[k], slots, latents, ropes, landed, stage, call.scopes[k])
+        plgpu.barrier_wait(empty.at[number])
+        start_copy = functools.partial(call.ops.start_copy, call.data[k], slots)
+        for_stage(
+            number, stages, functools.partial(start_copy, landed=landed.at[number], scope=call.scopes[k])
+        )
         return following
 
     each_block(call.parts, call.pieces, call.lengths, call.scopes, load, block)
-    for stage in range(STAGES):
-        plgpu.barrier_wait(empty.at[stage])  # drains it
+    for number in range(STAGES):
+        plgpu.barrier_wait(empty.at[number])  # drains it
 
 
 def _run(call, **scratch):
     """One CTA."""
+    scratch["stages"] = gather.stages(scratch["stages"])
     wg = lax.axis_index("wg")
     roles = {
         SOFTMAX: (_softmax_warpgroup, "p rows s o s_ready s_free p_ready pv_done"),
-        KEY: (_key_warpgroup, "latents ropes rows landed full"),
-        COPY: (_copy_warpgroup, "latents ropes landed empty"),
+        KEY: (_key_warpgroup, "stages rows landed full"),
+        COPY: (_copy_warpgroup, "stages landed empty"),
         MULTIPLY: (
             _multiply_warpgroup,
-            "q latents ropes p s o full empty s_ready s_free p_ready pv_done q_ready q_free",
+            "q stages p s o full empty s_ready s_free p_ready pv_done q_ready q_free",
         ),
     }
     for number, (role, names) in roles.items():
