@@ -1,4 +1,4 @@
-"""What can be chosen about the SM90 sparse kernel, and what a cache row looks like to it."""
+"""What can be chosen about the sparse kernels, and what a cache row looks like to them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MAX_REGISTERS = 512
 
 @dataclasses.dataclass(frozen=True)
 class SparseConfig:
-    """Choices that change speed, never results.
+    """Choices about the SM90 kernel that change speed, never results.
 
     Attributes:
       softmax_registers, value_registers, gather_registers, copy_registers: registers a thread of the four warpgroups.
@@ -33,15 +33,12 @@ class SparseConfig:
     copy_registers: int = 24
 
     def __post_init__(self) -> None:
-        _check_registers((self.softmax_registers, self.value_registers, self.gather_registers, self.copy_registers))
-
-
-def _check_registers(registers: tuple[int, ...]) -> None:
-    if any(r % 8 or not 24 <= r <= 240 for r in registers) or sum(registers) > MAX_REGISTERS:
-        raise ValueError(
-            f"registers of the four warpgroups must be multiples of 8 in [24, 240] whose sum is at most "
-            f"{MAX_REGISTERS} (more hangs at setmaxnreg), got {registers}"
-        )
+        registers = (self.softmax_registers, self.value_registers, self.gather_registers, self.copy_registers)
+        if any(r % 8 or not 24 <= r <= 240 for r in registers) or sum(registers) > MAX_REGISTERS:
+            raise ValueError(
+                f"registers of the four warpgroups must be multiples of 8 in [24, 240] whose sum is at most "
+                f"{MAX_REGISTERS} (more hangs at setmaxnreg), got {registers}"
+            )
 
 
 def heuristic(fmt: KVFormat, num_heads: int) -> SparseConfig:
@@ -52,25 +49,23 @@ def heuristic(fmt: KVFormat, num_heads: int) -> SparseConfig:
 
 @dataclasses.dataclass(frozen=True)
 class SparseConfigSm100:
-    """The same for the SM100 kernel.
+    """The same for the SM100 kernel. Its 512 threads have 128 registers each: that is what its loops want, see
+    docs/sparse-decode.md.
 
     Attributes:
-      softmax_registers, key_registers, copy_registers, multiply_registers: registers a thread of the four warpgroups.
+      rescale_threshold: by how much a row's maximum score, as a base-2 logarithm, may grow before O is rescaled.
+        Probabilities are then at most 2 to that power, which changes nothing but the last bits of float32 sums.
     """
 
-    softmax_registers: int = 208
-    key_registers: int = 160
-    copy_registers: int = 72
-    multiply_registers: int = 72
+    rescale_threshold: float = 8.0
 
     def __post_init__(self) -> None:
-        _check_registers(
-            (self.softmax_registers, self.key_registers, self.copy_registers, self.multiply_registers)
-        )
+        if not 0 <= self.rescale_threshold <= 16:
+            raise ValueError(f"rescale_threshold must be in [0, 16], got {self.rescale_threshold}")
 
 
 def sm100_heuristic(fmt: KVFormat, num_heads: int) -> SparseConfigSm100:
-    """The one configuration: no loop of it spills. Compiled, not run."""
+    """The one configuration. Compiled and interpreted, not run."""
     del fmt, num_heads
     return SparseConfigSm100()
 

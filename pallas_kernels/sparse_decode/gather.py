@@ -375,7 +375,7 @@ class GatherInterpreted(Gather, dequant.SparseInterpreted):
         index, start, what = fmt.locate("scale")
         at = page * scope.page_bytes + fmt.area_offset_bytes(index, scope.page_size)
         at = at + offset * fmt.record_bytes[index] + start  # [64]
-        raw = data[...].reshape(-1)[at[:, None] + jnp.arange(what.num_bytes)]  # [64, bytes]
+        raw = data[...].reshape(-1)[at[:, None] + jnp.arange(what.num_bytes)[None, :]]  # [64, bytes]
         if what.dtype == formats.E8M0:
             bits = jnp.where(raw == 255, jnp.int32(0x7FC00000), raw.astype(jnp.int32) << 23)
         else:

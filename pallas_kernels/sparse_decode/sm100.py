@@ -28,8 +28,8 @@ and the barriers between them (those that `tcgen05_commit_arrive` completes in b
 
 The tensor cores take products in the order of issue; with two issuers neither waits for what the other needs.
 
-O is rescaled only when a row's maximum has grown by more than `LAZY` since the last time: P is then at most 2^LAZY
-instead of 1, which float32 sums do not mind, and most blocks leave O alone.
+O is rescaled only when a row's maximum has grown by more than `rescale_threshold` since the last time: P is then at
+most 2 to that power instead of 1, which float32 sums do not mind, and most blocks leave O alone.
 """
 
 from __future__ import annotations
@@ -48,7 +48,6 @@ from pallas_kernels.mgpu import WGMMA, WGMMA_ROW, rows_to_tile
 from pallas_kernels.sparse_decode import gather, work
 from pallas_kernels.sparse_decode.config import (
     BLOCK_TOKENS,
-    MAX_REGISTERS,
     STAGES,
     TILE_HEADS,
     sm100_heuristic,
@@ -61,7 +60,6 @@ SCORES, VALUES = range(2)  # warps of the last one
 WGMMA_COLUMN = WGMMA.reduce(0)  # a product of 64 rows lies in registers as a wgmma's does
 ACC_COLUMNS = 128  # of one accumulator at most: 64 registers a thread when it is rescaled
 LOWEST = -3.0e38  # below any score, and finite: exp2(-inf - LOWEST) is 0, not NaN
-LAZY = 8.0  # in base-2 logarithms
 
 
 def value_parts(fmt: KVFormat) -> list[tuple[str, int, int]]:
@@ -99,11 +97,6 @@ def scratch_types(fmt: KVFormat) -> dict[str, Any]:
 # -- warpgroup roles ---------------------------------------------------------------------------------------------
 
 
-def _set_registers(count):
-    # The wrong direction is an illegal instruction.
-    plgpu.set_max_registers(count, action="increase" if count > MAX_REGISTERS // 4 else "decrease")
-
-
 def _stage(block):
     return lax.rem(block, jnp.int32(STAGES))
 
@@ -122,7 +115,6 @@ def _rescale(o, factor):
 
 def _softmax_warpgroup(call, *, p, rows, s, o, s_ready, s_free, p_ready, pv_done):
     """Softmax, the upkeep of O, and results."""
-    _set_registers(call.config.softmax_registers)
     tile = lax.axis_index("tile")
     scale2 = call.scale[0] * mgpu.LOG2_E
     plgpu.barrier_arrive(s_free)
@@ -136,7 +128,7 @@ def _softmax_warpgroup(call, *, p, rows, s, o, s_ready, s_free, p_ready, pv_done
         bias = plgpu.load(rows.at[_stage(first_block + i)], layout=WGMMA_COLUMN)  # [64 keys]
         scores = scores * scale2 + lax.broadcast_in_dim(bias, scores.shape, [1])
         highest = jnp.maximum(top, scores.max(axis=1))
-        grown = call.ops.any_row((highest > top + LAZY).astype(jnp.int32)) != 0
+        grown = call.ops.any_row((highest > top + call.config.rescale_threshold).astype(jnp.int32)) != 0
         new_top = jnp.where(lax.broadcast_in_dim(grown, top.shape, []), highest, top)
         rescale = jnp.exp2(top - new_top)
         weights = jnp.exp2(scores - rows_to_tile(new_top, scores.shape))
@@ -187,7 +179,6 @@ def _softmax_warpgroup(call, *, p, rows, s, o, s_ready, s_free, p_ready, pv_done
 def _multiply_warpgroup(call, *, q, stages, p, s, o, full, empty, s_ready, s_free, p_ready, pv_done, q_ready,
                         q_free):  # fmt: skip
     """Issues products: one warp the scores', one the values'."""
-    _set_registers(call.config.multiply_registers)
     tile = lax.axis_index("tile")
     fmt = call.fmt
 
@@ -256,7 +247,6 @@ def _multiply_warpgroup(call, *, q, stages, p, s, o, full, empty, s_ready, s_fre
 
 def _key_warpgroup(call, *, stages, rows, landed, full):
     """Keys of every block from their raw rows."""
-    _set_registers(call.config.key_registers)
 
     def load(k, item, j):
         slots = call.ops.load_slots(call.indices[k], item, j, call.lengths[k](item), call.scopes[k])
@@ -276,7 +266,6 @@ def _key_warpgroup(call, *, stages, rows, landed, full):
 
 def _copy_warpgroup(call, *, stages, landed, empty):
     """Raw rows of every block into its stage, as soon as that is free."""
-    _set_registers(call.config.copy_registers)
 
     def load(k, item, j):
         return call.ops.copy_indices(call.indices[k], item, j, call.lengths[k](item), call.scopes[k])

@@ -1,0 +1,92 @@
+"""The SM100 sparse kernel compiled to machine code, for B200 and B300: instructions, registers, memory."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+import mla_jax
+from pallas_kernels import aot, mgpu
+from pallas_kernels.sparse_decode import SparseConfigSm100, gather, sm100
+from tests.kernels.aot import missing
+
+ROOT = pathlib.Path(__file__).parents[2]
+FORMATS = {
+    "sparse-v32-h128": (mla_jax.V32, None),
+    "sparse-model1-model1-h64": (mla_jax.MODEL1, mla_jax.MODEL1),
+    "sparse-v32-bf16-h16": (mla_jax.V32, mla_jax.BF16_576),
+    "sparse-bf16-v32-h96": (mla_jax.BF16_576, mla_jax.V32),
+    "sparse-model1-bf16-h1": (mla_jax.MODEL1, mla_jax.BF16_512),
+    "sparse-bf16-h64": (mla_jax.BF16_512, None),
+}
+# Stack accesses a round of a hot loop: addresses in tensor memory, mostly, which ptxas loads again every block.
+MAX_STACK_ACCESSES = 10
+REPORT = """
+import dataclasses, json, sys
+from pallas_kernels import aot
+found = {}
+for name in sys.argv[2:]:
+    report = aot.compile_report(*aot.configurations(sys.argv[1])[name], sys.argv[1])[0]
+    found[name] = dataclasses.asdict(report) | {"problems": report.problems()}
+print("REPORT" + json.dumps(found))
+"""
+
+
+def gathers(fmt) -> int:
+    """TMA instructions that one warp issues for a block of 64 rows, of which it copies 16, four an instruction."""
+    if fmt.is_quantized:
+        return 4 * (gather.raw_row_bytes(fmt) // gather.RAW_TILE_BYTES + 1)
+    return 4 * (fmt.d_qk * 2 // gather.KEY_TILE_BYTES)
+
+
+@pytest.mark.aot
+@pytest.mark.skipif(missing() is not None, reason=str(missing()))
+@pytest.mark.parametrize(
+    "arch, names",
+    [
+        ("sm_100a", ("sparse-v32-h128",)),
+        pytest.param("sm_100a", tuple(FORMATS)[1:], marks=pytest.mark.slow),
+        pytest.param("sm_103a", tuple(FORMATS), marks=pytest.mark.slow),
+    ],
+)
+def test_compiles_well(arch, names):
+    """An architecture a process. 15 s of CPU a name."""
+    run = subprocess.run(
+        [sys.executable, "-c", REPORT, arch, *names], cwd=ROOT, capture_output=True, text=True, timeout=900
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    reports = json.loads(run.stdout.split("REPORT")[1])
+    for name in names:
+        report, (fmt, extra) = reports[name], FORMATS[name]
+        assert report["arch"] == arch and not report["problems"] and not report["warnings"], name
+        assert 0 < report["tmem_columns"] <= aot.MAX_TMEM_COLUMNS
+        assert report["smem_bytes"] <= mgpu.MAX_SMEM_BYTES
+        assert report["registers"] * 512 <= 65536
+        counts = report["counts"]
+        # Code for each of two stages and each scope; two UTCHMMA for each 16 columns (or keys) of a product.
+        assert counts["GATHER4"] == 2 * sum(map(gathers, filter(None, (fmt, extra)))), name
+        products = fmt.d_qk // 16 + len(sm100.value_parts(fmt)) * 64 // 16
+        assert counts["UTCHMMA"] == 2 * 2 * products, name
+        assert counts["UTMALDG"] == counts["GATHER4"] + 1  # and Q
+        hot = [loop["counts"] for loop in report["loops"] if any(loop["counts"].get(op) for op in HOT)]
+        assert len(hot) >= 5, name
+        for loop in hot[:-1]:  # the last one is about pieces, not blocks
+            accesses = loop.get("LDL", 0) + loop.get("STL", 0)
+            assert accesses <= MAX_STACK_ACCESSES and loop.get("STL", 0) == 0, (name, loop)
+
+
+HOT = ("UTCHMMA", "GATHER4", "LDTM", "STS")
+
+
+@pytest.mark.parametrize("fmt", [mla_jax.V32, mla_jax.MODEL1, mla_jax.BF16_576, mla_jax.BF16_512])
+def test_values_fit_where_raw_bytes_were(fmt):
+    gather.check_in_place(fmt)
+    columns = [part[2] for part in sm100.value_parts(fmt)]
+    assert sum(columns) == fmt.d_v and max(columns) <= sm100.ACC_COLUMNS
+
+
+def test_config_names_what_it_accepts():
+    with pytest.raises(ValueError, match=r"rescale_threshold must be in \[0, 16\], got 17"):
+        SparseConfigSm100(rescale_threshold=17)

@@ -1,0 +1,190 @@
+"""The SM100 sparse kernel on Pallas' interpreter: results, and the order of every access to shared and tensor memory.
+
+There is no such GPU to run on: this and the compiled code (test_sparse_sm100_aot.py) are the proofs. The kernel is the
+shipped one; the tables in gather.py and mgpu.py list what stands in for PTX. What the interpreter does not model, and
+so nothing here can find:
+
+* the swizzled places of rows, and their dequantisation by PTX (`finish_block`), written and read on hardware only;
+* how TMA orders its writes after reads of the same memory through other instructions (`fence.proxy.async`, which it
+  takes for a part of `commit_smem`), and the fences around tcgen05 that barriers with `orders_tensor_core` bring;
+* numbers of the tensor cores (float32 here), capacity of tensor memory (ahead-of-time compilation checks it);
+* how long anything takes, and a deadlock that only some schedules have.
+"""
+
+import inspect
+import types
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import mla_jax
+from pallas_kernels import formats
+from pallas_kernels.sparse_decode import gather, sm100
+from pallas_kernels.sparse_decode.config import Scope
+from tests import golden_files, samples
+from tests.kernels import interpreter
+from tests.kernels.test_sparse_interpreted import PAIRS, check, decode, every_index, golden_call
+
+QUICK = ("v32_sink_topk_length",)
+
+
+@pytest.mark.parametrize(
+    "name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in golden_files.SPARSE]
+)
+def test_golden(name):
+    """All golden files: 130 s."""
+    call, want_out, want_lse = golden_call(name)
+    out, lse = decode(call, module=sm100)
+    assert samples.relative_error(out, want_out) < 4e-3
+    np.testing.assert_allclose(golden_files.flash_lse(lse), want_lse, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("h", [5, pytest.param(72, marks=pytest.mark.slow)])
+def test_two_scopes(h):
+    """NaN in every slot that no index names, invalid indices, lengths, a sink; items in pieces, which are merged."""
+    rng = np.random.default_rng(3)
+    shapes = dict(b=1, s_q=2, h=h, topk=75, extra_topk=70)
+    check(samples.sparse_call(rng, mla_jax.MODEL1, mla_jax.BF16_512, **shapes), module=sm100)
+
+
+@pytest.mark.slow  # 60 s
+@pytest.mark.parametrize("fmt, extra_fmt", PAIRS)
+def test_pairs_of_formats(fmt, extra_fmt):
+    call = samples.sparse_call(np.random.default_rng(1), fmt, extra_fmt, b=2, s_q=1, topk=75, extra_topk=70)
+    check(call, module=sm100)
+
+
+@pytest.mark.slow  # 20 s
+def test_maximum_that_grows_and_shrinks():
+    """O is rescaled in some blocks only: scores of later blocks are far above, just above and below earlier ones."""
+    call = every_index(mla_jax.BF16_512, h=8, topk=448)
+    data = np.asarray(call["cache"].data, np.float32)  # [pages, page size, d]
+    rng = np.random.default_rng(5)
+    indices = rng.permutation(data.shape[0] * data.shape[1])[: 7 * 64 // 8]
+    indices = np.repeat(indices, 8)[: 7 * 64]  # [448]
+    factors = np.repeat([0.01, 1.0, 1.05, 0.5, 30.0, 31.0, 0.1], 8)  # of 8 slots a block
+    flat = data.reshape(-1, data.shape[-1])
+    flat[indices[::8]] *= factors[:, None]
+    call["cache"] = mla_jax.PagedKVCache(jnp.asarray(data, jnp.bfloat16), mla_jax.BF16_512, call["cache"].page_size)
+    call["indices"] = jnp.asarray(indices.reshape(1, 1, -1), jnp.int32)
+    check(call, module=sm100, num_sms=1)
+
+
+# -- rows of the cache -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fmt", [mla_jax.V32, mla_jax.MODEL1, mla_jax.BF16_576, mla_jax.BF16_512])
+def test_rows_of_slots(fmt):
+    """`rows_of` names the row of `row_view` that holds a slot's first record, and none for slots that are no keys."""
+    page_size, pages = 7, 3
+    scope = Scope(fmt, page_size, pages * page_size, 64)
+    shape = (pages, *fmt.page_shape(page_size))
+    numbers = np.arange(np.prod(shape), dtype=np.int64)
+    if fmt.is_quantized:  # the number of each byte, as many arrays of bytes
+        digits = [jnp.asarray((numbers >> (8 * n) & 255).astype(np.uint8).reshape(shape)) for n in range(4)]
+        view = sum(np.asarray(gather.row_view(d, scope), np.int64) << (8 * n) for n, d in enumerate(digits))
+    else:
+        view = np.arange(pages * page_size)[:, None] * fmt.d_qk * 2  # first byte of each row
+    slots = np.concatenate([np.arange(-3, pages * page_size + 3), [2**31 - 1, -(2**31)]])
+    slots = np.concatenate([slots, np.full(64 - slots.size, -1)]).astype(np.int32)
+    rows = np.asarray(gather.rows_of(jnp.asarray(slots), scope)).astype(np.int64)
+    for slot, row in zip(slots, rows, strict=True):
+        if 0 <= slot < pages * page_size:
+            page, offset = divmod(int(slot), page_size)
+            assert view[row, 0] == page * scope.page_bytes + offset * scope.row_bytes
+        else:
+            assert row == 2**32 - 1
+
+
+@pytest.mark.parametrize("fmt", [mla_jax.V32, mla_jax.MODEL1])
+def test_scales_of_slots(fmt):
+    """Every byte a scale can be, 0 and 255 of e8m0 included; zeros for slots that are no keys."""
+    page_size, pages = 64, 5
+    rng = np.random.default_rng(0)
+    cache = samples.random_cache(rng, fmt, pages, page_size, "amax" if fmt is mla_jax.V32 else None)
+    data = np.asarray(cache.data).reshape(pages, -1).copy()
+    index, start, what = fmt.locate("scale")
+    slots = rng.permutation(pages * page_size)[:64].astype(np.int32)
+    slots[5], slots[9] = -1, pages * page_size
+    want = np.zeros((64, what.count), np.float32)
+    for n, slot in enumerate(slots):
+        if not 0 <= slot < pages * page_size:
+            continue
+        page, offset = divmod(int(slot), page_size)
+        at = fmt.area_offset_bytes(index, page_size) + offset * fmt.record_bytes[index] + start
+        if what.dtype == formats.E8M0:
+            data[page, at : at + what.count] = (n * what.count + np.arange(what.count)) % 256
+        raw = data[page, at : at + what.num_bytes]
+        want[n] = raw.view(what.dtype).astype(np.float32)
+    if what.dtype == formats.E8M0:
+        want[want < 2.0**-126] = 0  # byte 0: 2^-127 is subnormal
+    scope = Scope(fmt, page_size, pages * page_size, 64)
+    got = gather.GATHER_INTERPRETED.load_scales(jnp.asarray(data), jnp.asarray(slots), scope)
+    np.testing.assert_array_equal(np.asarray(got[0]), want)
+
+
+# -- planted mistakes ------------------------------------------------------------------------------------------------
+
+PLANTED = {
+    "a stage is refilled while it is read": (
+        "        plgpu.barrier_wait(empty.at[number])\n        start_copy",
+        "        start_copy",
+        "            number, stages, functools.partial(start_copy, landed=landed.at[number], scope=call.scopes[k])\n"
+        "        )\n",
+        "            number, stages, functools.partial(start_copy, landed=landed.at[number], scope=call.scopes[k])\n"
+        "        )\n        plgpu.barrier_wait(empty.at[number])\n",
+    ),
+    "a stage is given back before its values are multiplied": (
+        "            for_stage(number, stages, products)\n            plgpu.tcgen05_commit_arrive(empty.at[number])\n",
+        "            plgpu.tcgen05_commit_arrive(empty.at[number])\n            for_stage(number, stages, products)\n",
+    ),
+    "P is handed over before it is written": (
+        "        p[...] = probabilities\n        call.ops.publish_smem()\n        plgpu.commit_tmem()\n"
+        "        plgpu.barrier_arrive(p_ready)\n",
+        "        plgpu.commit_tmem()\n        plgpu.barrier_arrive(p_ready)\n        p[...] = probabilities\n"
+        "        call.ops.publish_smem()\n",
+    ),
+    "P is not made visible to the tensor cores": ("        call.ops.publish_smem()\n        plgpu.commit_tmem()\n",
+                                                  "        plgpu.commit_tmem()\n"),
+    "P is overwritten without waiting for the product that reads it": (
+        "            plgpu.barrier_wait(pv_done)  # of the block before: P has been read, O is whole\n"
+        "            pl.when(grown)(lambda: _rescale(o, rescale))\n\n        p[...] = probabilities\n",
+        "            pl.when(grown)(lambda: _rescale(o, rescale))\n\n        p[...] = probabilities\n"
+        "        pl.when(i > 0)(lambda: plgpu.barrier_wait(pv_done))\n",
+    ),
+    "the products do not wait for the keys": (
+        "            plgpu.barrier_wait(full.at[number])\n            plgpu.barrier_wait(s_free)\n"
+        "            for_stage(number, stages, products)\n",
+        "            plgpu.barrier_wait(s_free)\n            for_stage(number, stages, products)\n"
+        "            plgpu.barrier_wait(full.at[number])\n",
+    ),
+    "rows are dequantised before they have landed": (
+        "        plgpu.barrier_wait(landed.at[number])\n"
+        "        call.ops.finish_block(slots, scales, stages, number, rows, call.scopes[k])\n",
+        "        call.ops.finish_block(slots, scales, stages, number, rows, call.scopes[k])\n"
+        "        plgpu.barrier_wait(landed.at[number])\n",
+    ),
+    "S is overwritten before it is read": (
+        "        plgpu.wait_load_tmem()\n        plgpu.barrier_arrive(s_free)\n",
+        "        plgpu.barrier_arrive(s_free)\n        plgpu.wait_load_tmem()\n",
+    ),
+}  # fmt: skip
+QUICK_PLANTED = (1, 3)
+
+
+@pytest.mark.parametrize(
+    "what",
+    [w if n in QUICK_PLANTED else pytest.param(w, marks=pytest.mark.slow) for n, w in enumerate(PLANTED)],
+)
+def test_planted_mistake_is_found(what):
+    source = inspect.getsource(sm100)
+    edits = PLANTED[what]
+    for right, wrong in zip(edits[::2], edits[1::2], strict=True):
+        assert source.count(right) == 1, "the kernel has changed; plant the mistake anew"
+        source = source.replace(right, wrong)
+    module = types.ModuleType("planted")
+    exec(compile(source, "planted", "exec"), module.__dict__)
+    call = every_index(mla_jax.MODEL1, h=4, topk=200)
+    with pytest.raises(interpreter.RaceFound):
+        decode(call, num_sms=1, module=module)
