@@ -23,11 +23,11 @@ Scales are loaded a block ahead, straight to registers. `value = bf16(e4m3 * sca
 |---|---|---|
 | `copy_indices`, `load_slots` | predicated loads, for TMA and for a lane's rows | plain loads |
 | `load_scales` | predicated loads in the layout of a lane's rows | plain loads |
-| `finish_block` | `raw` to `latent`, `raw_rope` to `rope`, and the mask, by PTX | jax.numpy |
+| `finish_keys` | `raw` to `latent`, `raw_rope` to `rope`, and the mask, by PTX | jax.numpy |
 | `any_row` | `barrier.red.or` of the warpgroup | `jnp.max` |
 | `store_rows`, `store_row_values` | as on SM90 (dequant.py) | as on SM90 |
 
-The gathers themselves (`start_copy`), all barriers, products and tensor memory are the same on both sides.
+The gathers themselves (`start_gather`), all barriers, products and tensor memory are the same on both sides.
 """
 
 from __future__ import annotations
@@ -175,7 +175,7 @@ def rows_of(slots: jax.Array, scope: Scope) -> jax.Array:
 class Gather:
     """What both tables share."""
 
-    def start_copy(self, data, slots, stage: Stage, landed, scope: Scope) -> None:
+    def start_gather(self, data, slots, stage: Stage, landed, scope: Scope) -> None:
         """Begins to gather a block's rows into a free stage; `landed` completes when they are there.
 
         Args:
@@ -253,7 +253,7 @@ class GatherHardware(Gather, dequant.SparseHardware):
 
         return tuple(load(data, slots))
 
-    def finish_block(self, slots, scales, stages: list[Stage], number, rows, scope: Scope) -> None:
+    def finish_keys(self, slots, scales, stages: list[Stage], number, rows, scope: Scope) -> None:
         """Once a block's rows have landed in stage `number`: keys and mask, visible to tcgen05 after a barrier.
 
         Args:
@@ -382,7 +382,7 @@ class GatherInterpreted(Gather, dequant.SparseInterpreted):
             bits = lax.bitcast_convert_type(raw.reshape(BLOCK_TOKENS, what.count, 4), jnp.int32)
         return (jnp.where(key[:, None], lax.bitcast_convert_type(bits, jnp.float32), 0.0),)
 
-    def finish_block(self, slots, scales, stages, number, rows, scope):
+    def finish_keys(self, slots, scales, stages, number, rows, scope):
         fmt = scope.fmt
         key = (slots >= 0) & (slots < scope.num_slots)  # [64]
         rows[number] = jnp.where(key, 0.0, MASKED).astype(jnp.float32)

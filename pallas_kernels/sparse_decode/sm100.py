@@ -35,6 +35,7 @@ most 2 to that power instead of 1, which float32 sums do not mind, and most bloc
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax.experimental.pallas as pl
@@ -201,7 +202,7 @@ def _multiply_warpgroup(call, *, q, stages, p, s, o, full, empty, s_ready, s_fre
             item, _, count, _, _ = this
 
             @pl.when(count > 0)
-            def _():
+            def _some():
                 first_row = item * call.q_rows + tile * TILE_HEADS
                 plgpu.copy_gmem_to_smem(call.q.at[pl.ds(first_row, TILE_HEADS)], q, q_ready)
                 plgpu.barrier_wait(q_ready)
@@ -257,7 +258,7 @@ def _key_warpgroup(call, *, stages, rows, landed, full):
         following = load(k, item, j + 1)
         number = _stage(number)
         plgpu.barrier_wait(landed.at[number])
-        call.ops.finish_block(slots, scales, stages, number, rows, call.scopes[k])
+        call.ops.finish_keys(slots, scales, stages, number, rows, call.scopes[k])
         plgpu.barrier_arrive(full.at[number])
         return following
 
@@ -274,9 +275,9 @@ def _copy_warpgroup(call, *, stages, landed, empty):
         number = _stage(number)
         following = load(k, item, j + 1)
         plgpu.barrier_wait(empty.at[number])
-        start_copy = functools.partial(call.ops.start_copy, call.data[k], slots)
+        start_gather = functools.partial(call.ops.start_gather, call.data[k], slots)
         for_stage(
-            number, stages, functools.partial(start_copy, landed=landed.at[number], scope=call.scopes[k])
+            number, stages, functools.partial(start_gather, landed=landed.at[number], scope=call.scopes[k])
         )
         return following
 
@@ -289,7 +290,7 @@ def _run(call, **scratch):
     """One CTA."""
     scratch["stages"] = gather.stages(scratch["stages"])
     wg = lax.axis_index("wg")
-    roles = {
+    roles: dict[int, tuple[Callable[..., None], str]] = {
         SOFTMAX: (_softmax_warpgroup, "p rows s o s_ready s_free p_ready pv_done"),
         KEY: (_key_warpgroup, "stages rows landed full"),
         COPY: (_copy_warpgroup, "stages landed empty"),

@@ -4,7 +4,7 @@ There is no such GPU to run on: this and the compiled code (test_sparse_sm100_ao
 shipped one; the tables in gather.py and mgpu.py list what stands in for PTX. What the interpreter does not model, and
 so nothing here can find:
 
-* the swizzled places of rows, and their dequantisation by PTX (`finish_block`), written and read on hardware only;
+* the swizzled places of rows, and their dequantisation by PTX (`finish_keys`), written and read on hardware only;
 * how TMA orders its writes after reads of the same memory through other instructions (`fence.proxy.async`, which it
   takes for a part of `commit_smem`), and the fences around tcgen05 that barriers with `orders_tensor_core` bring;
 * numbers of the tensor cores (float32 here), capacity of tensor memory (ahead-of-time compilation checks it);
@@ -128,11 +128,11 @@ def test_scales_of_slots(fmt):
 
 PLANTED = {
     "a stage is refilled while it is read": (
-        "        plgpu.barrier_wait(empty.at[number])\n        start_copy",
-        "        start_copy",
-        "            number, stages, functools.partial(start_copy, landed=landed.at[number], scope=call.scopes[k])\n"
+        "        plgpu.barrier_wait(empty.at[number])\n        start_gather",
+        "        start_gather",
+        "            number, stages, functools.partial(start_gather, landed=landed.at[number], scope=call.scopes[k])\n"
         "        )\n",
-        "            number, stages, functools.partial(start_copy, landed=landed.at[number], scope=call.scopes[k])\n"
+        "            number, stages, functools.partial(start_gather, landed=landed.at[number], scope=call.scopes[k])\n"
         "        )\n        plgpu.barrier_wait(empty.at[number])\n",
     ),
     "a stage is given back before its values are multiplied": (
@@ -161,8 +161,8 @@ PLANTED = {
     ),
     "rows are dequantised before they have landed": (
         "        plgpu.barrier_wait(landed.at[number])\n"
-        "        call.ops.finish_block(slots, scales, stages, number, rows, call.scopes[k])\n",
-        "        call.ops.finish_block(slots, scales, stages, number, rows, call.scopes[k])\n"
+        "        call.ops.finish_keys(slots, scales, stages, number, rows, call.scopes[k])\n",
+        "        call.ops.finish_keys(slots, scales, stages, number, rows, call.scopes[k])\n"
         "        plgpu.barrier_wait(landed.at[number])\n",
     ),
     "S is overwritten before it is read": (
