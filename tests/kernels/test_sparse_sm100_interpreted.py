@@ -26,14 +26,10 @@ from tests import golden_files, samples
 from tests.kernels import interpreter
 from tests.kernels.test_sparse_interpreted import PAIRS, check, decode, every_index, golden_call
 
-QUICK = ("v32_sink_topk_length",)
 
-
-@pytest.mark.parametrize(
-    "name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in golden_files.SPARSE]
-)
+@pytest.mark.slow  # 10 s each
+@pytest.mark.parametrize("name", golden_files.SPARSE)
 def test_golden(name):
-    """All golden files: 130 s."""
     call, want_out, want_lse = golden_call(name)
     out, lse = decode(call, module=sm100)
     assert samples.relative_error(out, want_out) < 4e-3
