@@ -1,0 +1,136 @@
+"""Chooses configurations by measuring: every candidate of a workload on the same arrays, interleaved.
+
+A bucket takes another config than the default only if it gains more than `MIN_GAIN` on average over the bucket's
+workloads and loses more than `MAX_LOSS` on none. Candidates that fail to compile or give other results are out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from mla_jax import tuning
+from mla_jax.bench import runner, timer
+from mla_jax.bench.inputs import build
+from mla_jax.bench.workloads import Dense, Sparse, Workload
+
+MIN_GAIN, MAX_LOSS = 0.02, 0.02  # of the default's time; repeated medians agree within about 1 %
+
+
+def tunable(workloads: Sequence[Workload]) -> list[Dense | Sparse]:
+    """Those whose op takes a config."""
+    return [w for w in workloads if isinstance(w, Dense | Sparse)]
+
+
+def bucket_of(workload: Dense | Sparse) -> tuning.Bucket:
+    """Where a workload's config goes: the bucket that the op's arguments will look up."""
+    rows = workload.s_q * workload.h
+    if isinstance(workload, Dense):
+        keys = -(-workload.s_k // workload.page_size) * workload.page_size
+        return tuning.Bucket.of(
+            "dense", workload.fmt.name, workload.page_size, batch=workload.b, rows=rows, keys=keys
+        )
+    main, extra = workload.main, workload.extra
+    return tuning.Bucket.of(
+        "sparse", main.fmt.name, main.page_size, batch=workload.b, rows=rows,
+        keys=main.topk + (extra.topk if extra else 0), extra_fmt=extra.fmt.name if extra else "",
+    )  # fmt: skip
+
+
+def candidates(workload: Dense | Sparse) -> list[Any]:
+    """Configs to try, the default first."""
+    if isinstance(workload, Dense):
+        from pallas_kernels.dense_decode.config import choose_config
+
+        base: Any = choose_config(workload.page_size, contiguous=False)
+        changes: list[dict[str, Any]] = [dict(overlap_combine=False)]
+        changes += [dict(combine_rows=n) for n in (1, 2, 4, 8)]
+        changes += [dict(consumer_registers=c, producer_registers=p) for c, p in ((232, 40), (224, 56))]
+    else:
+        from pallas_kernels.sparse_decode.config import heuristic
+
+        base = heuristic(workload.fmt, workload.h)
+        changes = [
+            dict(softmax_registers=200, gather_registers=112),
+            dict(softmax_registers=216, gather_registers=96),
+            dict(softmax_registers=216, value_registers=168),
+            dict(softmax_registers=200, value_registers=184),
+        ]
+    return list(dict.fromkeys([base, *(dataclasses.replace(base, **change) for change in changes)]))
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """One workload: median time of each candidate that works, the default first. Microseconds."""
+
+    workload: Dense | Sparse
+    us: dict[Any, float]
+    failed: dict[Any, str]
+
+
+def measure(workload: Dense | Sparse, configs: Sequence[Any], *, rounds: int = 5) -> Measured:
+    """Times the configs in turn, `rounds` times; the first one must work."""
+    chains: dict[Any, timer.Chain] = {}
+    failed: dict[Any, str] = {}
+    inputs = right = None
+    for config in configs:
+        try:
+            compiled = runner.compile_chain(workload, implementation="mosaic", config=config)
+            inputs = build(workload, sets=compiled.sets) if inputs is None else inputs
+            chain = timer.Chain(compiled, inputs)
+            out = np.asarray(chain.run()[-2].astype(jnp.float32), np.float64).ravel()
+        except Exception as error:  # a config that does not compile or launch is no candidate
+            if not chains:
+                raise
+            failed[config] = f"{type(error).__name__}: {error}"[:300]
+            continue
+        right = out if right is None else right
+        difference = 1 - 2 * (out @ right) / max(out @ out + right @ right, np.finfo(np.float64).tiny)
+        if not difference <= runner.MAX_DISAGREEMENT:
+            failed[config] = f"gives other results than the default: 1 - cosine = {difference:.1e}"
+            continue
+        chains[config] = chain
+    samples: dict[Any, list[float]] = {config: [] for config in chains}
+    for _ in range(rounds):
+        for config, chain in chains.items():
+            samples[config].append(chain.measure().us)
+    return Measured(workload, {config: statistics.median(us) for config, us in samples.items()}, failed)
+
+
+def choose(measured: Sequence[Measured]) -> Any:
+    """The config for workloads of one bucket, by the rule in the module's docstring."""
+    default = next(iter(measured[0].us))
+    best, best_mean = default, 1 - MIN_GAIN
+    for config in measured[0].us:
+        ratios = [m.us[config] / next(iter(m.us.values())) for m in measured if config in m.us]
+        complete = len(ratios) == len(measured)
+        if complete and max(ratios) <= 1 + MAX_LOSS and statistics.fmean(ratios) < best_mean:
+            best, best_mean = config, statistics.fmean(ratios)
+    return best
+
+
+def tune(
+    workloads: Sequence[Dense | Sparse],
+    *,
+    device: str,
+    jax_version: str,
+    rounds: int = 5,
+    on_done: Callable[[Measured], None] = lambda _: None,
+) -> tuning.Table:
+    """Measures every workload's candidates; a table with an entry a bucket, the default's where nothing is better."""
+    buckets: dict[tuning.Bucket, list[Measured]] = {}
+    for workload in workloads:
+        result = measure(workload, candidates(workload), rounds=rounds)
+        buckets.setdefault(bucket_of(workload), []).append(result)
+        on_done(result)
+    entries = {}
+    for bucket, results in buckets.items():
+        config = choose(results)
+        us = {m.workload.name: (m.us[config], next(iter(m.us.values()))) for m in results}
+        entries[bucket] = tuning.Entry(bucket, config, us)
+    return tuning.Table(device, tuning.package_version(), jax_version, entries)
