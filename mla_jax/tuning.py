@@ -1,7 +1,10 @@
 """Tables of kernel configurations, measured on one kind of GPU: `mla-jax tune` writes them, ops take them when asked.
 
-    table = mla_jax.tuning.load("h200.json")
-    out = mla_jax.mla_decode(q, cache, table_of_pages, lengths, sm_scale=s, config=table.dense(q, cache, table_of_pages))
+    from mla_jax import tuning
+
+    table = tuning.load("h200.json")
+    config = table.dense(q, cache, block_table)
+    out = mla_jax.mla_decode(q, cache, block_table, lengths, sm_scale=scale, config=config)
 
 Nothing is loaded by itself and nothing is global: a lookup is a function of shapes, so it is legal inside jit, and its
 result is the op's static `config`. A table is JSON; it says what device kind and version of mla-jax it is for, and
@@ -11,6 +14,7 @@ result is the op's static `config`. A table is JSON; it says what device kind an
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 import os
 from pathlib import Path
@@ -105,7 +109,9 @@ class Table:
     def dumps(self) -> str:
         """The table as JSON."""
         entries = [
-            dataclasses.asdict(e.bucket) | {"config": dataclasses.asdict(e.config), "us": {k: list(v) for k, v in e.us.items()}}
+            dataclasses.asdict(e.bucket)
+            | {"config": {"type": type(e.config).__name__} | dataclasses.asdict(e.config)}
+            | {"us": {name: list(us) for name, us in e.us.items()}}
             for e in self.entries.values()
         ]
         head = {"layout": LAYOUT, "device": self.device, "mla_jax": self.version, "jax": self.jax}
@@ -161,16 +167,12 @@ def _entry(data: dict[str, Any]) -> Entry:
     bucket = Bucket(**{f.name: data[f.name] for f in dataclasses.fields(Bucket)})
     if bucket.op not in ("dense", "sparse"):
         raise ValueError(f"op is {bucket.op!r}")
-    config = config_type(bucket.op)(**data["config"])
+    values = dict(data["config"])
+    config = config_types(bucket.op)[values.pop("type")](**values)
     return Entry(bucket, config, {name: (float(us), float(default)) for name, (us, default) in data["us"].items()})
 
 
-def config_type(op: str) -> Any:
-    """The config class of an op's kernel. Imported where needed: Mosaic GPU takes long to load."""
-    if op == "dense":
-        from pallas_kernels.dense_decode import DenseConfig
-
-        return DenseConfig
-    from pallas_kernels.sparse_decode import SparseConfig
-
-    return SparseConfig
+def config_types(op: str) -> dict[str, Any]:
+    """The config classes of an op's kernels by name."""
+    package = importlib.import_module(f"pallas_kernels.{op}_decode")
+    return {config.__name__: config for config in package.CONFIGS.values()}

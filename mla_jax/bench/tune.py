@@ -18,6 +18,8 @@ from mla_jax import tuning
 from mla_jax.bench import runner, timer
 from mla_jax.bench.inputs import build
 from mla_jax.bench.workloads import Dense, Sparse, Workload
+from pallas_kernels import dense_decode, sparse_decode
+from pallas_kernels.sparse_decode.config import heuristic
 
 MIN_GAIN, MAX_LOSS = 0.02, 0.02  # of the default's time; repeated medians agree within about 1 %
 
@@ -42,18 +44,17 @@ def bucket_of(workload: Dense | Sparse) -> tuning.Bucket:
     )  # fmt: skip
 
 
-def candidates(workload: Dense | Sparse) -> list[Any]:
-    """Configs to try, the default first."""
+def candidates(workload: Dense | Sparse, capability: tuple[int, int] = (9, 0)) -> list[Any]:
+    """Configs to try on such a GPU, the default first. Raises NotImplementedError where no kernel can be configured."""
     if isinstance(workload, Dense):
-        from pallas_kernels.dense_decode.config import choose_config
-
-        base: Any = choose_config(workload.page_size, contiguous=False)
+        base: Any = dense_decode.choose_config(workload.page_size, contiguous=False)
+        if dense_decode.config_type(capability) is not type(base):
+            base = dense_decode.choose_sm100_config(workload.s_q * workload.h)
         changes: list[dict[str, Any]] = [dict(overlap_combine=False)]
         changes += [dict(combine_rows=n) for n in (1, 2, 4, 8)]
         changes += [dict(consumer_registers=c, producer_registers=p) for c, p in ((232, 40), (224, 56))]
     else:
-        from pallas_kernels.sparse_decode.config import heuristic
-
+        sparse_decode.config_type(capability)
         base = heuristic(workload.fmt, workload.h)
         changes = [
             dict(softmax_registers=200, gather_registers=112),
@@ -61,7 +62,9 @@ def candidates(workload: Dense | Sparse) -> list[Any]:
             dict(softmax_registers=216, value_registers=168),
             dict(softmax_registers=200, value_registers=184),
         ]
-    return list(dict.fromkeys([base, *(dataclasses.replace(base, **change) for change in changes)]))
+    known = {field.name for field in dataclasses.fields(base)}
+    changed = [dataclasses.replace(base, **change) for change in changes if known >= change.keys()]
+    return list(dict.fromkeys([base, *changed]))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,6 +121,7 @@ def tune(
     workloads: Sequence[Dense | Sparse],
     *,
     device: str,
+    capability: tuple[int, int],
     jax_version: str,
     rounds: int = 5,
     on_done: Callable[[Measured], None] = lambda _: None,
@@ -125,7 +129,7 @@ def tune(
     """Measures every workload's candidates; a table with an entry a bucket, the default's where nothing is better."""
     buckets: dict[tuning.Bucket, list[Measured]] = {}
     for workload in workloads:
-        result = measure(workload, candidates(workload), rounds=rounds)
+        result = measure(workload, candidates(workload, capability), rounds=rounds)
         buckets.setdefault(bucket_of(workload), []).append(result)
         on_done(result)
     entries = {}

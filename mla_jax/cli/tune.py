@@ -26,7 +26,8 @@ def register(subparsers: argparse._SubParsersAction) -> None:
         description="Times every candidate configuration of each workload on this GPU, interleaved, and writes a table "
         "for mla_jax.tuning.load. The default stays where nothing is at least 2 % faster.",
     )
-    parser.add_argument("--suite", action="append", default=[], help=f"one of {', '.join(workloads.SUITES)}; may repeat")
+    suites = ", ".join(workloads.SUITES)
+    parser.add_argument("--suite", action="append", default=[], help=f"one of {suites}; may repeat")
     parser.add_argument("--filter", default="", metavar="TEXT", help="only workloads whose name contains TEXT")
     parser.add_argument("--rounds", type=int, default=5, help="times each candidate is measured, in turn (default 5)")
     parser.add_argument("--out", type=Path, default=Path("tuned.json"), metavar="FILE", help="default tuned.json")
@@ -35,6 +36,7 @@ def register(subparsers: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> int:
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # read when jax first touches the GPU
+    from mla_jax import dispatch
     from mla_jax.bench import timer, tune
 
     try:
@@ -57,7 +59,12 @@ def run(args: argparse.Namespace) -> int:
 
         try:
             table = tune.tune(
-                chosen, device=device.device_kind, jax_version=jax.__version__, rounds=args.rounds, on_done=on_done
+                chosen,
+                device=device.device_kind,
+                capability=dispatch.cuda_target().capability,
+                jax_version=jax.__version__,
+                rounds=args.rounds,
+                on_done=on_done,
             )
         except (NotImplementedError, timer.TimingError) as error:  # no kernel for this GPU; a measurement that is none
             raise CommandError(str(error)) from error
@@ -69,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _rows(table: Table) -> list[tuple[str, ...]]:
     return [
-        (name, f"{us:.1f}", f"{default:.1f}", f"{1 - us / default:.1%}", "default" if us == default else str(entry.config))
+        (name, f"{us:.1f}", f"{default:.1f}", f"{1 - us / default:.1%}", "same" if us == default else str(entry.config))
         for entry in table.entries.values()
         for name, (us, default) in entry.us.items()
     ]
