@@ -93,7 +93,7 @@ def measure(workload: Dense | Sparse, configs: Sequence[Any], *, rounds: int = 5
             failed[config] = f"{type(error).__name__}: {error}"[:300]
             continue
         right = out if right is None else right
-        difference = 1 - 2 * (out @ right) / max(out @ out + right @ right, np.finfo(np.float64).tiny)
+        difference = 1 - 2 * (out @ right) / max(float(out @ out + right @ right), 1e-300)
         if not difference <= runner.MAX_DISAGREEMENT:
             failed[config] = f"gives other results than the default: 1 - cosine = {difference:.1e}"
             continue

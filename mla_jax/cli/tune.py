@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
         chosen = tune.tunable(workloads.select(args.suite, args.filter))
         if not chosen or args.rounds < 1:
             raise ValueError("nothing to tune: accepted are workloads of dense and sparse decode, and --rounds above 0")
-        device = timer.require_gpu()
+        device, target = timer.require_gpu(), dispatch.cuda_target()
     except (ValueError, RuntimeError) as error:
         raise CommandError(str(error)) from error
     print(f"device  {device.device_kind}, jax {jax.__version__}; {len(chosen)} workloads")
@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
             table = tune.tune(
                 chosen,
                 device=device.device_kind,
-                capability=dispatch.cuda_target().capability,
+                capability=target.capability or dispatch.ASSUMED_CAPABILITY,
                 jax_version=jax.__version__,
                 rounds=args.rounds,
                 on_done=on_done,
