@@ -124,7 +124,8 @@ axes[0].plot(sizes, unpadded, ".", color="#B0B0B0", markersize=5)
 axes[0].plot(usual, unpadded[np.array(usual) - 1], "o", color="#C44E52", label="no padding")
 axes[0].axhline(1, color="#4C72B0", linewidth=2.5, label="padded to 576")
 for n in usual:
-    axes[0].annotate(f"{n}: {unpadded[n - 1]}", (n, unpadded[n - 1]), textcoords="offset points", xytext=(6, 5), fontsize=10)
+    label = dict(textcoords="offset points", xytext=(-6, 9), fontsize=10, bbox={"facecolor": "white", "edgecolor": "none", "pad": 1})
+    axes[0].annotate(f"{n}: {unpadded[n - 1]}", (n, unpadded[n - 1]), **label)
 axes[0].set(title="gather descriptors needed", xlabel="tokens a page", ylim=(0, 82))
 axes[0].legend(loc=(0.02, 0.62), fontsize=10)
 axes[1].plot(sizes, 100 * padding, color="#B0B0B0", linewidth=1)
@@ -132,7 +133,7 @@ axes[1].plot(usual, 100 * padding[np.array(usual) - 1], "o", color="#4C72B0")
 for n in usual:
     if n <= 32:
         axes[1].annotate(f"{n}: {padding[n - 1]:.1%}", (n, 100 * padding[n - 1]), textcoords="offset points", xytext=(4, 8), fontsize=10)
-axes[1].text(140, 4.2, f"61 and more: {max(padding[n - 1] for n in usual if n > 32):.1%}", ha="center", fontsize=10)
+axes[1].text(130, 6, f"61 and more: {max(padding[n - 1] for n in usual if n > 32):.1%}", ha="center", fontsize=10)
 axes[1].set(title="share of a page that is padding", xlabel="tokens a page", ylabel="per cent", ylim=(0, 55))
 for ax in axes:
     ax.set(xscale="log", xlim=(0.9, 420))
