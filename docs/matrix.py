@@ -6,7 +6,7 @@ from pathlib import Path
 
 from mla_jax import dispatch, implementations
 from mla_jax.calls import DenseCall, SparseCall
-from pallas_kernels.formats import BF16_576, MODEL1, V32, KVFormat
+from pallas_kernels.formats import BF16_576, F32_576, MODEL1, V32, KVFormat
 
 PAGE = Path(__file__).with_name("support-matrix.md")
 BEGIN, END = "<!-- table: python docs/matrix.py -->\n", "<!-- end of table -->\n"
@@ -25,6 +25,7 @@ COLUMNS: dict[str, tuple[str, KVFormat]] = {
     "sparse, bf16": ("sparse", BF16_576),
     "sparse, V32": ("sparse", V32),
     "sparse, MODEL1": ("sparse", MODEL1),
+    "float32": ("dense", F32_576),
 }
 
 

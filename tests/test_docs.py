@@ -1,6 +1,7 @@
 """The documents: their code runs as it stands, their links lead somewhere, pages on extending show tested code."""
 
 import functools
+import importlib.util
 import inspect
 import itertools
 import re
@@ -110,6 +111,14 @@ def test_files_that_are_named_exist(path):
             continue
         candidates = (ROOT / name, ROOT / f"{name}.py", ROOT / f"{name}.ipynb")
         assert any(c.exists() for c in candidates), f"{_name(path)} names {name}, which does not exist"
+
+
+def test_support_matrix_is_what_dispatch_does():
+    spec = importlib.util.spec_from_file_location("matrix", ROOT / "docs" / "matrix.py")
+    matrix = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(matrix)
+    text = matrix.PAGE.read_text()
+    assert matrix.with_table(text) == text, "run: uv run python docs/matrix.py"
 
 
 def test_readme_lists_every_notebook_document_and_command():
