@@ -145,8 +145,8 @@ def test_cases_pass(kind):
 def plant(monkeypatch, table, change):
     """`change(operands)` before every xla call of an op."""
 
-    def broken(run, call, config, x):
-        return run(call, config, change(x))
+    def broken(run, call, target, config, x):
+        return run(call, target, config, change(x))
 
     rows = [
         dataclasses.replace(i, run=functools.partial(broken, i.run)) if i.name == "xla" else i
