@@ -15,6 +15,7 @@ import test_extending
 
 import mla_jax
 from mla_jax import cli
+from mla_jax.bench import accuracy
 from mla_jax.nn import V32Config, init_params
 from mla_jax.sharding import DecodeSharding, ModuleSharding
 
@@ -119,6 +120,17 @@ def test_support_matrix_is_what_dispatch_does():
     spec.loader.exec_module(matrix)
     text = matrix.PAGE.read_text()
     assert matrix.with_table(text) == text, "run: uv run python docs/matrix.py"
+
+
+def test_accuracy_table_is_what_is_measured():
+    """Two of its rows, measured again; to 5 %, since sums are cut elsewhere on other machines."""
+    rows = re.findall(r"^\| (\w+) \| (\w+|-) \| (\w+) \| ([\d. |]+) \|$", (ROOT / "docs/accuracy.md").read_text(), re.M)
+    assert len(rows) == len(accuracy.CASES) * len(accuracy.SOURCES)
+    for row in rows[3], rows[-1]:
+        fmt, rule, source, numbers = mla_jax.FORMATS[row[0]], row[1], row[2], [float(x) for x in row[3].split("|")]
+        measured = [accuracy.value_error(fmt, rule, source)]
+        measured += [accuracy.attention_error(fmt, rule, source, s) for s in accuracy.SHARPNESS]
+        np.testing.assert_allclose(100 * np.asarray(measured), numbers, rtol=0.05)
 
 
 def test_readme_lists_every_notebook_document_and_command():
