@@ -14,7 +14,7 @@ import pytest
 import test_extending
 
 import mla_jax
-from mla_jax import cli
+from mla_jax import cli, tuning
 from mla_jax.bench import accuracy
 from mla_jax.nn import V32Config, init_params
 from mla_jax.sharding import DecodeSharding, ModuleSharding
@@ -38,6 +38,9 @@ WITH_CODE = [p for p in PAGES if _code(p) and _name(p) not in ELSEWHERE | SHOWN]
 
 def _before(page):
     """Names that a page's code takes as given."""
+    if page == "docs/tuning.md":
+        tuning.Table(jax.devices()[0].device_kind, mla_jax.__version__, jax.__version__, {}).save("h200.json")
+        return dict(jax=jax, mla_jax=mla_jax, scale=0.1)
     if page != "docs/sharding.md":
         return {}
     lengths = np.array([40, 7, 0, 130, 5, 64, 200, 1], np.int32)
@@ -65,12 +68,17 @@ def _after_sharding(names):
 
 
 @pytest.mark.parametrize("path", WITH_CODE, ids=_name)
-def test_code_of_a_page_runs(path):
+def test_code_of_a_page_runs(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     names = _before(_name(path))
     for code in _code(path):
         exec(code, names)
     if _name(path) == "docs/sharding.md":
         _after_sharding(names)
+    if _name(path) == "docs/tuning.md":
+        cache, q = mla_jax.PagedKVCache.zeros(mla_jax.BF16_576, 2, 16), jnp.ones((1, 1, 2, 576), jnp.bfloat16)
+        out = names["step"](q, cache, jnp.zeros((1, 2), jnp.int32), jnp.ones(1, jnp.int32))
+        assert out.shape == (1, 1, 2, 512)
 
 
 def test_every_page_with_code_is_tested():
