@@ -1,4 +1,4 @@
-"""What test_sparse.py runs under compute-sanitizer: integer garbage in indices and lengths, every pair of formats."""
+"""What tests/gpu/sanitize.py runs of the sparse kernel: garbage in indices and lengths, each format."""
 
 import dataclasses
 

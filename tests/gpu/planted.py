@@ -1,0 +1,95 @@
+"""Kernels with one fault each, to see what compute-sanitizer sees. Run by tests/gpu/sanitize.py, never by a test alone.
+
+    python -m tests.gpu.planted KIND OFFSET_KIB
+
+The address is that of a 4 KiB array plus an offset. Near offsets may hit what the allocator maps behind the array (its
+granularity is 2 MiB), which no tool can call a fault; a far one, 1 GiB, hits nothing.
+"""
+
+import functools
+import sys
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+import numpy as np
+from jax._src.lib.mlir import ir
+from jax._src.lib.mlir.dialects import arith, llvm
+from jax.experimental.mosaic.gpu import utils as mosaic_utils
+
+from pallas_kernels import mgpu
+
+WORDS = 1024  # of the array, 4 bytes each
+_OUT = jax.ShapeDtypeStruct((128,), jnp.int32)
+
+# What thread 0 does, given the faulty address ($0), its offset in bytes ($1) and 1 KiB of shared memory ($2).
+_FIRST_THREAD = "{ .reg .pred p; .reg .b32 t; .reg .b64 w; mov.u32 t, %tid.x; setp.eq.u32 p, t, 0; $BODY }"
+BODIES = {
+    "load": "@p ld.global.b32 t, [$0]; @p st.shared.b32 [$2], t;",
+    "store": "@p st.global.b32 [$0], t;",
+    "cp.async": "@p cp.async.cg.shared.global [$2], [$0], 16; cp.async.wait_all;",
+    # The barrier is the first 8 bytes of the shared memory, the data go behind it.
+    "bulk": (
+        "@p mbarrier.init.shared.b64 [$2], 1; @p fence.mbarrier_init.release.cluster; "
+        "@p mbarrier.arrive.expect_tx.shared.b64 w, [$2], 16; .reg .b32 d; add.u32 d, $2, 16; "
+        "@p cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [d], [$0], 16, [$2]; "
+        ".reg .pred q; WAIT_BULK: mbarrier.try_wait.parity.shared.b64 q, [$2], 0; @!q bra WAIT_BULK;"
+    ),
+    "shared": "add.u32 t, $2, $1; .reg .b32 v; @p ld.shared.b32 v, [t]; @p st.shared.b32 [$2], v;",
+}
+# Unordered accesses of a block's warps to the same shared memory, for racecheck.
+RACES = {
+    "race": (
+        "{ .reg .b32 t; mov.u32 t, %tid.x; st.shared.b32 [$2], t; ld.shared.b32 t, [$2]; st.shared.b32 [$2+4], t; }"
+    ),
+    # Read before the copy is awaited.
+    "race cp.async": (
+        "{ .reg .b32 t; .reg .pred p; mov.u32 t, %tid.x; setp.eq.u32 p, t, 0; "
+        "@p cp.async.ca.shared.global [$2], [$0], 4; ld.shared.b32 t, [$2]; st.shared.b32 [$2+4], t; "
+        "cp.async.wait_all; }"
+    ),
+}
+KINDS = (*BODIES, "tma", *RACES)
+
+
+def _body(kind: str, x, offset_kib, out, smem):
+    if kind == "tma":  # a box that lies outside of the array: the hardware clips it, and nothing is read
+
+        def copy(barrier):
+            plgpu.copy_gmem_to_smem(x.at[offset_kib[0]], smem, barrier)
+            plgpu.barrier_wait(barrier)
+
+        pl.run_scoped(copy, plgpu.Barrier())
+    else:
+        text = RACES[kind] if kind in RACES else _FIRST_THREAD.replace("$BODY", BODIES[kind])
+
+        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType(), plgpu.Layout.WG_SPLAT))
+        def fault(_, x, smem, offset):
+            i32, i64 = ir.IntegerType.get_signless(32), ir.IntegerType.get_signless(64)
+            offset = offset.registers[()]
+            kib = arith.ConstantOp(i32, ir.IntegerAttr.get(i32, 1024)).result
+            num_bytes = arith.muli(offset, kib)
+            address = arith.addi(llvm.ptrtoint(i64, mosaic_utils.memref_ptr(x)), arith.extsi(i64, num_bytes))
+            shared = llvm.ptrtoint(i32, mosaic_utils.memref_ptr(smem))
+            mgpu.asm(text, "l,r,r", address, num_bytes, shared)
+
+        fault(x, smem, offset_kib[0])
+    plgpu.commit_smem()
+    out[...] = plgpu.load(smem.at[pl.ds(0, 128)], layout=plgpu.Layout.WG_STRIDED((128,), vec_size=1))
+
+
+def kernel(kind: str):
+    """(x int32 [4, 256], offset_kib int32 [1]) -> int32 [128]; offsets count KiB from x's beginning."""
+    return plgpu.kernel(
+        functools.partial(_body, kind), out_type=_OUT, scratch_types=dict(smem=plgpu.SMEM((256,), jnp.int32))
+    )
+
+
+def arguments(offset_kib: int):
+    return np.zeros((4, WORDS // 4), np.int32), np.array([offset_kib], np.int32)
+
+
+if __name__ == "__main__":
+    print(jax.devices(), flush=True)
+    print(jax.block_until_ready(jax.jit(kernel(sys.argv[1]))(*arguments(int(sys.argv[2]))))[:4], flush=True)
