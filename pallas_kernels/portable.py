@@ -27,7 +27,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels.formats import E4M3, E8M0, KVFormat
+from pallas_kernels.formats import E4M3, E8M0, F32, KVFormat
 from pallas_kernels.schedule import BLOCK_TOKENS, SplitPlan
 
 if TYPE_CHECKING:
@@ -68,8 +68,17 @@ class PortableConfig:
                 raise ValueError(f"{name} is {value!r}; accepted: powers of two from {least} to {most}")
 
 
-def default_config(fmt: KVFormat, rows: int, capability: tuple[int, int]) -> PortableConfig:
-    return PortableConfig()
+def default_config(formats: tuple[KVFormat, ...], rows: int, capability: tuple[int, int]) -> PortableConfig:
+    """What compiles without spills, or nearly, in the shared memory of every GPU it is for (docs/portable.md); nothing
+    of it has been timed. `formats`: of each scope; `rows`: query rows of an item."""
+    if formats[0].compute_dtype == F32:
+        return PortableConfig(tile_rows=16, block_keys=16, num_warps=4)
+    if rows > 32 and capability[0] == 9:  # 64 rows, so that Triton multiplies with wgmma
+        return PortableConfig(tile_rows=64, block_keys=32, num_warps=8)
+    if rows > 16:
+        return PortableConfig(tile_rows=32, block_keys=16, num_warps=8)
+    many_chunks = len(row_chunks(*formats)) > 5
+    return PortableConfig(tile_rows=16, block_keys=32, num_warps=8 if many_chunks else 4)
 
 
 def check(fmt: KVFormat, page_size: int, capability: tuple[int, int]) -> None:
@@ -404,7 +413,7 @@ def dense_decode(
         return scopes[0].count - (s_q - 1 - lax.div(row, jnp.int32(h))) if is_causal else None
 
     x = dict(q=q.reshape(b, s_q * h, -1), sink=None, data=data, table=block_table, seqlens=cache_seqlens)
-    config = config or default_config(fmt, s_q * h, capability)
+    config = config or default_config((fmt,), s_q * h, capability)
     out, lse = _decode(x, (fmt,), plan, sm_scale, scopes_of, end_of, config, capability, interpret)
     return out.reshape(b, s_q, h, -1), lse.reshape(b, s_q, h)
 
@@ -450,7 +459,7 @@ def sparse_decode(
         cache = _Cache(x["extra_data"], extra_fmt, extra_page_size, native)
         return [main, _listed_keys(cache, x["extra_indices"], x["extra_length"], item, alive)]
 
-    config = config or default_config(fmt, h, capability)
+    config = config or default_config(tuple(formats), h, capability)
     out, lse = _decode(x, tuple(formats), plan, sm_scale, scopes_of, lambda *_: None, config, capability, interpret)
     return out.reshape(b, s_q, h, -1), lse.reshape(b, s_q, h)
 
