@@ -26,6 +26,8 @@ import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
+from jax.extend.core import Primitive
+from jax.interpreters import mlir
 
 from pallas_kernels.formats import E4M3, E8M0, F32, KVFormat
 from pallas_kernels.schedule import BLOCK_TOKENS, SplitPlan
@@ -116,14 +118,11 @@ def row_chunks(*formats: KVFormat, widest: int = 512) -> tuple[tuple[int, int], 
 class _Cache:
     """A cache inside a kernel: its pages, and how a chunk of some rows is read and dequantised."""
 
-    data: Any  # ref [pages, page_size, d or bytes], or [pages, page_bytes]
+    data: Any  # ref [pages, page_size, d or bytes], or [pages, page_bytes]; it may claim more pages than there are
+    num_pages: int
     fmt: KVFormat
     page_size: int
     native_e4m3: bool
-
-    @property
-    def num_pages(self) -> int:
-        return self.data.shape[0]
 
     def chunk(self, page, offset, valid, start: int, width: int) -> jax.Array:
         """Columns [start, start + width) of some rows, in the compute dtype: [n, width], 0 if invalid."""
@@ -406,7 +405,7 @@ def dense_decode(
     native = capability >= NATIVE_E4M3_CAPABILITY
 
     def scopes_of(x, item, alive):
-        cache = _Cache(x["data"], fmt, page_size, native)
+        cache = _Cache(x["data"], data.shape[0], fmt, page_size, native)
         return [_tabled_keys(cache, x["table"], x["seqlens"], item, alive)]
 
     def end_of(scopes, row):  # [m]
@@ -453,10 +452,12 @@ def sparse_decode(
         x |= dict(extra_data=extra_data, extra_indices=flat(extra_indices), extra_length=flat(extra_topk_length))
 
     def scopes_of(x, item, alive):
-        main = _listed_keys(_Cache(x["data"], fmt, page_size, native), x["indices"], x["length"], item, alive)
+        cache = _Cache(x["data"], data.shape[0], fmt, page_size, native)
+        main = _listed_keys(cache, x["indices"], x["length"], item, alive)
         if extra_fmt is None:
             return [main]
-        cache = _Cache(x["extra_data"], extra_fmt, extra_page_size, native)
+        assert extra_data is not None
+        cache = _Cache(x["extra_data"], extra_data.shape[0], extra_fmt, extra_page_size, native)
         return [main, _listed_keys(cache, x["extra_indices"], x["extra_length"], item, alive)]
 
     config = config or default_config(tuple(formats), h, capability)
@@ -479,12 +480,28 @@ def _some_gpu(capability: tuple[int, int]) -> contextlib.AbstractContextManager:
     return contextlib.nullcontext()
 
 
+# Pallas computes offsets of 32 bits into arrays of up to 4 GiB, and the GPU takes them as signed: byte 2^31 would be read
+# in front of the array. A pool of bytes in between therefore claims to be larger. Nothing is read past its real end,
+# since slots and page ids are compared with the real number of pages.
+_claim_p = Primitive("mla_portable_claim")
+_claim_p.def_abstract_eval(lambda x, *, pages: x.update(shape=(pages, *x.shape[1:])))
+mlir.register_lowering(_claim_p, lambda ctx, x, *, pages: [x])
+
+
+def _with_wide_offsets(data: jax.Array) -> jax.Array:
+    if data.size <= 2**31 or data.size * data.dtype.itemsize > 2**32:
+        return data
+    return _claim_p.bind(data, pages=2**32 // math.prod(data.shape[1:]) + 1)
+
+
 def _decode(x, formats, plan: SplitPlan, sm_scale, scopes_of, end_of, config, capability, interpret):
     """Both kernels: q [items, rows, d_qk] -> (out [items, rows, d_v], lse float32 [items, rows])."""
     items, rows, _ = x["q"].shape
     d_v = formats[0].d_v
     scale2 = (sm_scale * np.float32(LOG2_E)).reshape(1)
     x = x | dict(pieces=plan.pieces, splits=plan.splits, scale2=scale2)
+    if not interpret:
+        x = x | {name: _with_wide_offsets(x[name]) for name in ("data", "extra_data") if name in x}
     shape = jax.ShapeDtypeStruct
     gpu = contextlib.nullcontext() if interpret else _some_gpu(capability)
     results = (shape((items, rows, d_v), x["q"].dtype), shape((items, rows), jnp.float32))
