@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 LOG2_E = math.log2(math.e)
 LN_2 = math.log(2)
 MIN_CAPABILITY = (8, 0)
+LARGE_SMEM_CAPABILITIES = ((8, 0), (9, 0), (10, 0), (10, 3))  # a CTA may have 163 KiB or more, elsewhere 99
 NATIVE_E4M3_CAPABILITY = (8, 9)  # below, neither the GPU nor Pallas converts e4m3
 MIN_DOT = 16  # rows and columns of the smallest product Triton makes
 INT32_MAX = 2**31 - 1
@@ -77,7 +78,9 @@ def default_config(formats: tuple[KVFormat, ...], rows: int, capability: tuple[i
         return PortableConfig(tile_rows=16, block_keys=16, num_warps=4)
     if rows > 32 and capability[0] == 9:  # 64 rows, so that Triton multiplies with wgmma
         return PortableConfig(tile_rows=64, block_keys=32, num_warps=8)
-    if rows > 16:
+    # Two scopes that share no chunk widths need shared memory for both: 106 KiB with 32 rows.
+    mixed = len({fmt.is_quantized for fmt in formats}) > 1 and capability not in LARGE_SMEM_CAPABILITIES
+    if rows > 16 and not mixed:
         return PortableConfig(tile_rows=32, block_keys=16, num_warps=8)
     many_chunks = len(row_chunks(*formats)) > 5
     return PortableConfig(tile_rows=16, block_keys=32, num_warps=8 if many_chunks else 4)
@@ -473,16 +476,21 @@ def _some_gpu(capability: tuple[int, int]) -> contextlib.AbstractContextManager:
     try:
         plgpu.get_gpu_info()
     except ValueError:
+        mesh = jax.sharding.get_abstract_mesh()
+        if not mesh.empty:
+            raise NotImplementedError(
+                "Triton kernels inside shard_map cannot be lowered for CUDA over a mesh of other devices; accepted: a "
+                "mesh of GPUs, or of the devices of jax.experimental.topologies"
+            ) from None
         name = "NVIDIA H100" if capability >= NATIVE_E4M3_CAPABILITY else "NVIDIA A100"
         device = jax.sharding.AbstractDevice(name, None, "gpu")
-        mesh = jax.sharding.get_abstract_mesh().update(abstract_device=device)
-        return jax.sharding.use_abstract_mesh(mesh)
+        return jax.sharding.use_abstract_mesh(mesh.update(abstract_device=device))
     return contextlib.nullcontext()
 
 
-# Pallas computes offsets of 32 bits into arrays of up to 4 GiB, and the GPU takes them as signed: byte 2^31 would be read
-# in front of the array. A pool of bytes in between therefore claims to be larger. Nothing is read past its real end,
-# since slots and page ids are compared with the real number of pages.
+# Pallas computes offsets of 32 bits into arrays of up to 4 GiB, and the GPU takes them as signed: byte 2^31 would be
+# read in front of the array. A pool of bytes in between therefore claims to be larger. Nothing is read past its real
+# end, since slots and page ids are compared with the real number of pages.
 _claim_p = Primitive("mla_portable_claim")
 _claim_p.def_abstract_eval(lambda x, *, pages: x.update(shape=(pages, *x.shape[1:])))
 mlir.register_lowering(_claim_p, lambda ctx, x, *, pages: [x])

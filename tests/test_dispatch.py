@@ -1,13 +1,20 @@
 """How an implementation is picked, with made-up tables."""
 
+import functools
 import logging
 import subprocess
 import sys
+import warnings
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
+import mla_jax
 from mla_jax import dispatch
 from mla_jax.dispatch import Choice, Implementation, Target
 
@@ -147,3 +154,107 @@ def test_import_pulls_in_nothing_optional():
         "if m in sys.modules]; sys.exit(', '.join(bad) or 0)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+# -- the real tables, on made-up GPUs ----------------------------------------------------------------------------------
+
+choices = dispatch.choices
+GPUS = ["7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0"]
+MOSAIC = ("9.0", "10.0")
+
+
+def _calls(fmt):
+    cache = mla_jax.PagedKVCache.zeros(fmt, 2, 4)
+    q = jnp.zeros((1, 1, 2, fmt.d_qk), fmt.compute_dtype)
+    pages, length, slots = jnp.zeros((1, 2), jnp.int32), jnp.ones(1, jnp.int32), jnp.zeros((1, 5), jnp.int32)
+    return (
+        lambda **more: functools.partial(mla_jax.mla_decode, q, cache, pages, length, sm_scale=1.0, **more),
+        lambda **more: functools.partial(mla_jax.sparse_mla_decode, q, cache, slots, sm_scale=1.0, **more),
+    )
+
+
+@pytest.mark.parametrize("capability", GPUS)
+@pytest.mark.parametrize("fmt", [mla_jax.BF16_576, mla_jax.V32, mla_jax.MODEL1, mla_jax.F32_512], ids=lambda f: f.name)
+def test_what_each_gpu_runs(monkeypatch, capability, fmt):
+    monkeypatch.setattr(dispatch, "_local_cuda_device", lambda: Device(capability))
+    for op, has_mosaic in zip(_calls(fmt), (fmt is mla_jax.BF16_576, fmt is not mla_jax.F32_512), strict=True):
+        (cuda, other), best = _explain(op), "triton"
+        if capability in MOSAIC and has_mosaic:
+            best = "mosaic"
+        elif capability == "7.5":
+            best = "xla"
+        assert cuda.implementation.name == best and other.implementation.name == "xla"
+        better = ["mosaic", "triton", "xla"]
+        assert [name for name, _ in cuda.refusals] == better[: better.index(best)]
+        assert all(reason for _, reason in cuda.refusals)
+        # jax.export does not vouch for Triton kernels.
+        assert cuda.exported.name == ("xla" if best == "triton" else best)
+
+
+def _explain(op):
+    """The choices of a call: what runs on CUDA, and elsewhere."""
+    found = []
+    with mock.patch.object(dispatch, "choices", lambda *a: found.append(choices(*a)) or found[0]):
+        jax.eval_shape(op())
+    return found[0]
+
+
+def test_an_old_gpu_is_refused_by_name(monkeypatch):
+    monkeypatch.setattr(dispatch, "_local_cuda_device", lambda: Device("7.5"))
+    for op in _calls(mla_jax.V32):
+        with pytest.raises(NotImplementedError, match=r"triton: needs compute capability 8\.0 or above; this is 7\.5"):
+            op(implementation="triton")()
+
+
+def test_a_jax_without_the_triton_lowering_falls_through(monkeypatch):
+    monkeypatch.setitem(sys.modules, "jax.experimental.pallas.triton", None)
+    monkeypatch.delattr(sys.modules["jax.experimental.pallas"], "triton", raising=False)
+    monkeypatch.delitem(sys.modules, "pallas_kernels.portable", raising=False)
+    monkeypatch.delattr(sys.modules["pallas_kernels"], "portable", raising=False)
+    monkeypatch.setattr(dispatch, "_local_cuda_device", lambda: Device("8.0"))
+    for op in _calls(mla_jax.V32):
+        cuda, _ = _explain(op)
+        assert cuda.implementation.name == "xla"
+        assert "has no Triton lowering for Pallas" in dict(cuda.refusals)["triton"]
+
+
+def _lowered(op, **options):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # users must not see that JAX deprecates the lowering
+        return jax.jit(op(**options)).trace().lower(lowering_platforms=("cuda",)).as_text()
+
+
+def test_triton_kernels_lower_without_a_gpu_or_a_warning():
+    for op in _calls(mla_jax.MODEL1):
+        text = _lowered(op, implementation="triton")
+        assert text.count("stablehlo.custom_call @__gpu$xla.gpu.triton") == 2  # decode and merge
+
+
+def test_exported_modules_hold_no_triton_kernels():
+    """JAX gives no compatibility guarantee for them, and refuses to export one that is named alone."""
+    op = _calls(mla_jax.V32)[0]
+    exported = jax.export.export(jax.jit(op(implementation=("triton", "xla"))), platforms=["cuda", "cpu"])()
+    assert "xla.gpu.triton" not in exported.mlir_module() and exported.call().shape == (1, 1, 2, 512)
+    with pytest.raises(ValueError, match="compatibility guarantees"):
+        jax.export.export(jax.jit(op(implementation="triton")), platforms=["cuda"])()
+
+
+def test_triton_kernels_under_transformations():
+    cache = mla_jax.PagedKVCache.zeros(mla_jax.V32, 2, 4)
+    q, pages, length = jnp.zeros((2, 1, 1, 2, 576), jnp.bfloat16), jnp.zeros((2, 1, 2), jnp.int32), jnp.ones((2, 1))
+    length = length.astype(jnp.int32)
+
+    def f(q, pages, length):
+        return mla_jax.mla_decode(q, cache, pages, length, sm_scale=1.0, implementation="triton")
+
+    def kernels(fn):
+        text = jax.jit(fn).trace(q, pages, length).lower(lowering_platforms=("cuda",)).as_text()
+        return text.count("stablehlo.custom_call @__gpu$xla.gpu.triton")
+
+    assert kernels(jax.vmap(f)) == 2
+    mesh = Mesh(np.array(jax.devices()[:2]), ("data",))
+    local = lambda q, pages, length: f(q[0], pages[0], length[0])[None]  # noqa: E731
+    with pytest.raises(NotImplementedError, match="a mesh of GPUs"):  # this one is of CPUs
+        kernels(jax.shard_map(local, mesh=mesh, in_specs=P("data"), out_specs=P("data")))
+    with pytest.raises(NotImplementedError, match="for inference"):
+        jax.grad(lambda q: f(q, pages[0], length[0]).astype(jnp.float32).sum())(q[0])

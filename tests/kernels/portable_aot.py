@@ -1,4 +1,4 @@
-"""Compiles the portable kernels for an architecture without a GPU: `python -m tests.kernels.portable_aot sm_80 [names]`.
+"""Compiles the portable kernels without a GPU: `python -m tests.kernels.portable_aot sm_80 [names of cases]`.
 
 One JSON line a case: what ptxas says of registers and spills, and the shared memory that Triton asks for. One
 architecture a process. XLA is told to run ptxas as a program, whose output it then logs.

@@ -5,6 +5,12 @@ compilations (`compiled`), and what stands for a matrix of shapes is slow.
 """
 
 import functools
+import importlib.util
+import json
+import os
+import pathlib
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +31,9 @@ from tests.test_golden import _sparse_arguments
 NO_E4M3, WITH_E4M3 = (8, 0), (8, 9)
 # A few parts cut the longer items of a call into several pieces and leave the others whole.
 PARTS = 3
+SMEM_KIB = {"sm_80": 163, "sm_89": 99, "sm_90a": 227, "sm_100a": 227, "sm_120": 99}  # of a CTA
+AOT_ARCHS = tuple(SMEM_KIB)
+MAX_SPILL_BYTES = 64  # docs/portable.md has the table
 TINY = PortableConfig(tile_rows=16, block_keys=16)
 
 
@@ -291,6 +300,37 @@ def test_config_is_validated(wrong):
     (name,) = wrong
     with pytest.raises(ValueError, match=f"{name} is .*accepted"):
         PortableConfig(**wrong)
+
+
+def test_pools_between_2_and_4_gib_claim_more():
+    """Pallas would compute 32-bit offsets for them. (tests/gpu/test_portable.py reads such pools.)"""
+    for gib, claims in ((1, False), (3, True), (5, False)):
+        for fmt in (V32, MODEL1):
+            shape = (gib * 2**30 // fmt.page_bytes(64), *fmt.page_shape(64))
+            got = jax.eval_shape(portable._with_wide_offsets, jax.ShapeDtypeStruct(shape, jnp.uint8)).shape
+            assert (got != shape) == claims and got[1:] == shape[1:]
+            assert not claims or got[0] * fmt.page_bytes(64) > 2**32
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize(
+    ("arch", "case"),
+    [("sm_120", "sparse-V32+BF16_576-h128"), *(pytest.param(arch, "", marks=pytest.mark.slow) for arch in AOT_ARCHS)],
+)  # slow: 15 cases an architecture, 3 to 5 minutes each
+def test_compiles(arch, case):
+    if importlib.util.find_spec("jax_plugins") is None or importlib.util.find_spec("jax_plugins.xla_cuda13") is None:
+        pytest.skip("compiling for CUDA needs jax's CUDA plugin: install the aot dependency group")
+    root = pathlib.Path(__file__).parents[2]
+    command = [sys.executable, "-m", "tests.kernels.portable_aot", arch, *filter(None, [case])]
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(root)}
+    child = subprocess.run(command, env=env, cwd=root, capture_output=True, text=True, timeout=1500, check=False)
+    assert child.returncode == 0, child.stderr[-4000:]
+    rows = [json.loads(line) for line in child.stdout.splitlines() if line.startswith("{")]
+    assert rows and (len(rows) == 1 or not case)
+    for row in rows:
+        assert row["target"] == arch and row["merge_spill_bytes"] == 0
+        assert row["spill_bytes"] <= MAX_SPILL_BYTES, row
+        assert row["smem_bytes"] <= SMEM_KIB[arch] * 1024, row
 
 
 def test_check_names_the_reason():
