@@ -33,7 +33,7 @@ NO_E4M3, WITH_E4M3 = (8, 0), (8, 9)
 PARTS = 3
 SMEM_KIB = {"sm_80": 163, "sm_89": 99, "sm_90a": 227, "sm_100a": 227, "sm_120": 99}  # of a CTA
 AOT_ARCHS = tuple(SMEM_KIB)
-MAX_SPILL_BYTES = 64  # docs/portable.md has the table
+MAX_SPILL_BYTES = 96  # docs/portable.md has the table
 TINY = PortableConfig(tile_rows=16, block_keys=16)
 
 
@@ -106,16 +106,16 @@ LENGTHS = [0, 2, 200, 137]
 
 def test_dense_over_lengths(rng):
     """Empty, short, cut into pieces, causal."""
-    check_dense(samples.dense_call(rng, V32, **SHAPE, lengths=LENGTHS), is_causal=True)
-    check_dense(samples.dense_call(rng, V32, **SHAPE, lengths=[1, 1, 199, 1]), is_causal=True)
+    check_dense(samples.dense_call(rng, BF16_576, **SHAPE, lengths=LENGTHS), is_causal=True)
+    check_dense(samples.dense_call(rng, BF16_576, **SHAPE, lengths=[1, 1, 199, 1]), is_causal=True)
 
 
 EXTREMES = np.array([-(2**31), 2**31 - 1, -1, -2, 2**30, 655, 10**9], np.int32)
 
 
 def test_dense_integer_garbage(rng):
-    args = samples.dense_call(rng, V32, **SHAPE, lengths=[150] * 4, spare_pages=0)
-    args["cache"] = samples.random_cache(rng, V32, args["cache"].num_pages, 5)
+    args = samples.dense_call(rng, BF16_576, **SHAPE, lengths=[150] * 4, spare_pages=0)
+    args["cache"] = samples.random_cache(rng, BF16_576, args["cache"].num_pages, 5)
     table, lengths = np.array(args["block_table"]), np.array(args["cache_seqlens"])
     table[1] = rng.choice(EXTREMES, table.shape[1])
     table[2, 3] = 2**31 - 1
@@ -134,7 +134,7 @@ def test_dense_without_a_table(rng):
 
 
 def test_nan_in_one_request_stays_there(rng):
-    args = samples.dense_call(rng, V32, **SHAPE, lengths=LENGTHS)
+    args = samples.dense_call(rng, BF16_576, **SHAPE, lengths=LENGTHS)
     want = run(dense, args, is_causal=True)
     got = run(dense, args | {"q": args["q"].at[2].set(jnp.nan)}, is_causal=True)
     assert np.isnan(np.asarray(got[0][2], np.float32)).all() and np.isnan(got[1][2]).all()
