@@ -23,10 +23,17 @@ def register(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--arch", default="sm_90a", help="sm_90a (default), sm_100a or sm_103a: one a process")
     parser.add_argument("--filter", default="", metavar="TEXT", help="only configurations whose name contains TEXT")
     parser.add_argument("--list", action="store_true", help="print the configurations' names and stop")
+    parser.add_argument(
+        "--model",
+        action="store_true",
+        help="compile nothing; print how long the dense workloads should take, and what they wait for (docs/sm100.md)",
+    )
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.model:
+        return _predict(args.arch, args.filter)
     from pallas_kernels import aot
 
     try:
@@ -71,3 +78,32 @@ def _row(report) -> tuple[str, ...]:
         str(report.counts.get("GATHER4", 0)),
         " ".join(str(loop.instructions) for loop in report.loops) or "-",
     )
+
+
+MODEL_COLUMNS = ("workload", "us", "TFLOP/s", "TB/s", "waits for", "tensor core", "shared memory", "instructions",
+                 "memory", "combine")  # fmt: skip
+
+
+def _predict(arch: str, text: str) -> int:
+    """Prints the model's times of the dense workloads whose name contains `text`."""
+    from mla_jax.bench import model
+    from mla_jax.bench.workloads import WORKLOADS, Dense
+
+    if arch not in model.GPUS:
+        raise CommandError(f"--arch is {arch!r}; the model knows the limits of {', '.join(model.GPUS)}")
+    gpu = model.GPUS[arch]
+    rows: list[tuple[str, ...]] = []
+    for name, workload in WORKLOADS.items():
+        if not isinstance(workload, Dense) or text not in name:
+            continue
+        found = model.predict(workload, gpu)
+        rates = (workload.flop / found.us / 1e6, workload.bytes_moved / found.us / 1e6)
+        units = (f"{found.units_us[unit]:.1f}" for unit in ("tensor core", "shared memory", "instructions", "memory"))
+        rows.append(
+            (name, f"{found.us:.1f}", f"{rates[0]:.0f}", f"{rates[1]:.2f}", found.bottleneck, *units,
+             f"{found.combine_us:.1f}")
+        )  # fmt: skip
+    if not rows:
+        raise CommandError(f"no dense workload has {text!r} in its name")
+    print_table(f"predicted for {gpu.name}, not measured; units in us", MODEL_COLUMNS, rows, left=1)
+    return 0

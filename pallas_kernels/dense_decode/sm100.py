@@ -10,13 +10,14 @@ Scores, output and, for 128 rows, probabilities and most of Q live in tensor mem
 4 bytes. A block's tile in shared memory is both K (transposed) and V, in *groups* of columns that arrive and are freed
 one by one: those that are no V as soon as the scores are there.
 
-Two designs, one code. `tile_rows` 64: a CTA has all 512 output columns. The products run at half rate, and the tensor
-core's left operands cannot lie in TMEM; it is meant for few heads, where memory binds. Each block is scored when the
-previous one has been weighted, so that nothing delays the loads.
+Two designs, one code. The tensor core's queue is: scores 0, scores 1, values 0, scores 2, values 1, ...
+
+`tile_rows` 64: a CTA has all 512 output columns. The products run at half rate, and the tensor
+core's left operands cannot lie in TMEM; it is meant for few heads, where memory binds.
 
 `tile_rows` 128: a row's output would take all of TMEM, so two CTAs share a tile. Each scores all 576 columns, and
 weights its own half of V. What is Q for the other columns lies in TMEM, which takes it off shared memory's bandwidth,
-and leaves room for two blocks. The next block is scored while the softmax of this one runs.
+and leaves room for two blocks.
 
 TMEM columns         | 64 rows              | 128 rows
 O                    | 256 (half the lanes) | 256
@@ -69,7 +70,7 @@ class Design:
         self.d_qk = d_qk
         self.halves = tile_rows // 64
         self.columns = D_V // self.halves  # of the output, in a CTA
-        self.q_in_tmem = self.p_in_tmem = self.scores_ahead = tile_rows == 128
+        self.q_in_tmem = self.p_in_tmem = tile_rows == 128
         # M=64 products want 8 tile columns of at most half of their N, which is 64 for the scores.
         self.swizzle_bytes = 64 if tile_rows == 64 else 128
         # Registers: of scores and of output rows while they are scaled; of results on their way to memory.
@@ -187,14 +188,11 @@ def _products(*, shape, design, part, inputs, refs, bars, ops):
         plgpu.barrier_wait(bars["q"])
         if design.q_in_tmem:
             plgpu.barrier_wait(bars["q_tmem"])
-        if design.scores_ahead:
-            scores(_stage(count))
+        scores(_stage(count))
 
         def block(i):
-            if design.scores_ahead:
-                pl.when(i + 1 < work.num_blocks)(lambda: scores(_stage(count + i + 1)))
-            else:
-                scores(_stage(count + i))
+            # Scored ahead: the next softmax then runs while this block's values are weighted, and the other way round.
+            pl.when(i + 1 < work.num_blocks)(lambda: scores(_stage(count + i + 1)))
             values(i, _stage(count + i))
 
         pl.loop(0, work.num_blocks)(block)
