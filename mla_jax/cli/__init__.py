@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-SUBCOMMANDS = ("demo", "layout", "bench", "aot", "serve_demo", "soak", "fuzz", "tune")
+SUBCOMMANDS = ("demo", "layout", "bench", "aot", "serve_demo", "soak", "fuzz", "tune", "verify")
 
 
 class CommandError(Exception):

@@ -88,10 +88,14 @@ PAGE_SIZES = (1, 2, 3, 5, 7, 16, 32, 61, 64)
 def draw(seed: int, number: int, size: Size = SIZES["small"]) -> Case:
     """Case `number` of a seed."""
     spec, shapes = draw_spec(np.random.default_rng([seed, number // CASES_PER_SPEC]), size)
-    rng = np.random.default_rng([seed, number // CASES_PER_SPEC, number % CASES_PER_SPEC])
-    make = {"dense": _dense, "sparse": _sparse, "cache": _cache_arrays, "bytes": _bytes_arrays}[spec.kind]
+    return make(spec, shapes, np.random.default_rng([seed, number // CASES_PER_SPEC, number % CASES_PER_SPEC]))
+
+
+def make(spec: Spec, shapes: dict[str, Any], rng: np.random.Generator) -> Case:
+    """A case of a spec and of the axes' sizes that `draw_spec` names."""
+    arrays = {"dense": _dense, "sparse": _sparse, "cache": _cache_arrays, "bytes": _bytes_arrays}[spec.kind]
     with np.errstate(all="ignore"):
-        return Case(spec, make(rng, spec, shapes))
+        return Case(spec, arrays(rng, spec, shapes))
 
 
 def draw_spec(rng: np.random.Generator, size: Size) -> tuple[Spec, dict[str, Any]]:
