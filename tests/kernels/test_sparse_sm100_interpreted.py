@@ -7,6 +7,7 @@ so nothing here can find:
 * the swizzled places of rows, and their dequantisation by PTX (`finish_keys`), written and read on hardware only;
 * how TMA orders its writes after reads of the same memory through other instructions (`fence.proxy.async`, which it
   takes for a part of `commit_smem`), and the fences around tcgen05 that barriers with `orders_tensor_core` bring;
+* that a load from tensor memory is there only after `wait_load_tmem` (it is at once, here);
 * numbers of the tensor cores (float32 here), capacity of tensor memory (ahead-of-time compilation checks it);
 * how long anything takes, and a deadlock that only some schedules have.
 """
@@ -147,7 +148,7 @@ PLANTED = {
         "        plgpu.commit_tmem()\n",
     ),
     "P is overwritten without waiting for the product that reads it": (
-        "        pl.when(i > 0)(lambda: plgpu.barrier_wait(pv_done))  # of the block before: P has been read, O is whole\n"
+        "        pl.when(i > 0)(lambda: plgpu.barrier_wait(pv_done))  # of the block before: P is read, O is whole\n"
         "        p[...] = probabilities  # before O needs the registers\n",
         "        p[...] = probabilities\n        pl.when(i > 0)(lambda: plgpu.barrier_wait(pv_done))\n",
     ),
@@ -165,7 +166,9 @@ PLANTED = {
     ),
     "S is overwritten before it is read": (
         "        plgpu.wait_load_tmem()\n        plgpu.barrier_arrive(s_free)\n",
-        "        plgpu.barrier_arrive(s_free)\n        plgpu.wait_load_tmem()\n",
+        "        plgpu.wait_load_tmem()\n",
+        "        plgpu.barrier_wait(s_ready)\n        scores = ",
+        "        plgpu.barrier_wait(s_ready)\n        plgpu.barrier_arrive(s_free)\n        scores = ",
     ),
 }  # fmt: skip
 QUICK_PLANTED = (1, 3)
