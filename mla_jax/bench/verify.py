@@ -64,8 +64,8 @@ def _sparse(
         b=b, s_q=s_q, h=h, ints="int32", topk=topk, pages=-(-2 * topk // page_size), length_rank=2, sink=sink,
         extra_topk=extra_topk, extra_pages=-(-2 * extra_topk // extra_page_size), extra_length_rank=1,
     )  # fmt: skip
-    sizes = dict(extra_fmt=extra, extra_page_size=extra_page_size if extra else 0)
-    return Check(f"sparse-{name}", Spec("sparse", fmt, page_size, **sizes, **spec), shapes)
+    spec |= dict(extra_fmt=extra, extra_page_size=extra_page_size if extra else 0)
+    return Check(f"sparse-{name}", Spec("sparse", fmt, page_size, **spec), shapes)
 
 
 CHECKS = {
@@ -133,7 +133,7 @@ def environment() -> dict[str, Any]:
     import jax
 
     device = jax.devices()[0]
-    packages = {}
+    packages: dict[str, str | None] = {}
     for name in PACKAGES:
         try:
             packages[name] = importlib.metadata.version(name)
@@ -235,7 +235,7 @@ def verify(
     tool = shutil.which("compute-sanitizer")
     if sanitize and on_gpu and tool is None:
         add("sanitizer", "memcheck", dict(status="skipped", text="compute-sanitizer is not installed", seconds=0.0))
-    elif sanitize and on_gpu:
+    elif sanitize and on_gpu and tool is not None:
         for name in (n for n in SANITIZED if n in names):
             command = [tool, "--tool", "memcheck", "--error-exitcode", "86", *_child(name, implementation)]
             add("sanitizer", name, run_isolated(command, 10 * timeout_s))

@@ -136,9 +136,12 @@ def _softmax_warpgroup(call, *, p, rows, s, o, s_ready, s_free, p_ready, pv_done
         total = total * rescale + weights.sum(axis=1)
         probabilities = weights.astype(jnp.bfloat16)
 
-        pl.when(i > 0)(lambda: plgpu.barrier_wait(pv_done))  # of the block before: P is read, O is whole
-        p[...] = probabilities  # before O needs the registers
-        pl.when(grown & (i > 0))(lambda: _rescale(o, rescale))
+        @pl.when(i > 0)
+        def _():
+            plgpu.barrier_wait(pv_done)  # of the block before: P has been read, O is whole
+            pl.when(grown)(lambda: _rescale(o, rescale))
+
+        p[...] = probabilities
         call.ops.publish_smem()
         plgpu.commit_tmem()
         plgpu.barrier_arrive(p_ready)

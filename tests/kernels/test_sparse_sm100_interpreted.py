@@ -137,9 +137,8 @@ PLANTED = {
         "            plgpu.tcgen05_commit_arrive(empty.at[number])\n            for_stage(number, stages, products)\n",
     ),
     "P is handed over before it is written": (
-        "        p[...] = probabilities  # before O needs the registers\n",
-        "",
-        "        call.ops.publish_smem()\n        plgpu.commit_tmem()\n        plgpu.barrier_arrive(p_ready)\n",
+        "        p[...] = probabilities\n        call.ops.publish_smem()\n        plgpu.commit_tmem()\n"
+        "        plgpu.barrier_arrive(p_ready)\n",
         "        plgpu.commit_tmem()\n        plgpu.barrier_arrive(p_ready)\n        p[...] = probabilities\n"
         "        call.ops.publish_smem()\n",
     ),
@@ -148,9 +147,10 @@ PLANTED = {
         "        plgpu.commit_tmem()\n",
     ),
     "P is overwritten without waiting for the product that reads it": (
-        "        pl.when(i > 0)(lambda: plgpu.barrier_wait(pv_done))  # of the block before: P is read, O is whole\n"
-        "        p[...] = probabilities  # before O needs the registers\n",
-        "        p[...] = probabilities\n        pl.when(i > 0)(lambda: plgpu.barrier_wait(pv_done))\n",
+        "            plgpu.barrier_wait(pv_done)  # of the block before: P has been read, O is whole\n"
+        "            pl.when(grown)(lambda: _rescale(o, rescale))\n\n        p[...] = probabilities\n",
+        "            pl.when(grown)(lambda: _rescale(o, rescale))\n\n        p[...] = probabilities\n"
+        "        pl.when(i > 0)(lambda: plgpu.barrier_wait(pv_done))\n",
     ),
     "the products do not wait for the keys": (
         "            plgpu.barrier_wait(full.at[number])\n            plgpu.barrier_wait(s_free)\n"
