@@ -76,7 +76,10 @@ class _Running:
         scores = jnp.where(valid[:, :, None, :], scores, -jnp.inf)  # [g, m, h, c]
         top = jnp.maximum(self.top, jnp.max(scores, axis=-1))
         base = jnp.where(top == -jnp.inf, 0, top)
-        weights = jnp.exp(scores - base[..., None])
+        # XLA may fuse the scale's product with the difference, which rounds it but once: for scores of 1e9 the largest
+        # key's exp(0) would be exp(-128). Its weight is therefore written down.
+        base_ = base[..., None]
+        weights = jnp.where(scores == base_, 1, jnp.exp(scores - base_))
         decay = jnp.exp(self.top - base)
         values = keys[..., : self.acc.shape[-1]]
         update = _product("gmhc,gcd->gmhd", weights, values)

@@ -306,3 +306,18 @@ def test_scores_of_any_size_leave_a_key_its_weight(magnitude):
     arrays = dict(q=np.asarray(q), cache=np.asarray(cache.data), indices=indices, sm_scale=scale)
     case = fuzz.Case(fuzz.Spec("sparse", fmt, 32), arrays)
     assert checks.check(case).problem is None
+
+
+def test_scores_of_any_size_in_two_scopes():
+    """The same in the xla implementation, where two scopes meet. Found with `mla-jax fuzz`."""
+    rng = np.random.default_rng(0)
+    fmt = mla_jax.BF16_512
+    arrays = dict(sm_scale=np.asarray(25.0, np.float32))
+    arrays["q"] = fuzz.cases.normal(rng, 5, 2, 3, fmt.d_qk, dtype=np.float32)
+    arrays["q"] *= 10.0 ** rng.integers(0, 10, (5, 2, 3, 1)).astype(np.float32)
+    arrays["q"] = arrays["q"].astype(fmt.compute_dtype)
+    for prefix, pages, size in (("", 5, 5), ("extra_", 9, 32)):
+        arrays[f"{prefix}cache"] = fuzz.cases.normal(rng, pages, size, fmt.d_qk, dtype=fmt.compute_dtype)
+        arrays[f"{prefix}indices"] = rng.integers(0, 25, (5, 2, 20)).astype(np.uint8)
+    spec = fuzz.Spec("sparse", fmt, 5, extra_fmt=fmt, extra_page_size=32, entry="compat")
+    assert checks.check(fuzz.Case(spec, arrays)).problem is None
