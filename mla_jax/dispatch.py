@@ -54,6 +54,10 @@ class Implementation:
     run: Callable[[Any, Target, Any, Any], Any]
     is_kernel: bool = False  # lowers for CUDA alone
     is_exportable: bool = True  # jax.export vouches for what it lowers to
+    proven_on: tuple[int, ...] | None = None  # major compute capabilities on which its tests have run; None: any
+
+    def is_proven_on(self, target: Target) -> bool:
+        return self.proven_on is None or target.capability is None or target.capability[0] in self.proven_on
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,6 +157,16 @@ def choices(implementation: Any, table: Sequence[Implementation], call: Any, con
         raise NotImplementedError(f"{call.op}: no implementation can serve this call. {cuda.refusal_text()}")
     if implementation is None and cuda.implementation and cuda.refusals and _local_cuda_device() is not None:
         _log_once(f"{call.op} on {cuda.target} runs {cuda.implementation.name!r}. {cuda.refusal_text()}")
+    if (
+        implementation is None
+        and cuda.implementation
+        and not cuda.implementation.is_proven_on(cuda.target)
+        and _local_cuda_device() is not None
+    ):
+        _log_once(
+            f"{call.op} on {cuda.target} runs {cuda.implementation.name!r}, which was compiled for such a GPU and "
+            "interpreted, but has not been run on one; check it with `mla-jax verify`, or name implementation='xla'"
+        )
     return cuda, other
 
 

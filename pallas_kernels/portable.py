@@ -26,11 +26,10 @@ import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
-from jax.extend.core import Primitive
-from jax.interpreters import mlir
 
 from pallas_kernels.formats import E4M3, E8M0, F32, KVFormat
 from pallas_kernels.schedule import BLOCK_TOKENS, SplitPlan
+from pallas_kernels.wide_offsets import with_wide_offsets
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Float32, Int32
@@ -488,20 +487,6 @@ def _some_gpu(capability: tuple[int, int]) -> contextlib.AbstractContextManager:
     return contextlib.nullcontext()
 
 
-# Pallas computes offsets of 32 bits into arrays of up to 4 GiB, and the GPU takes them as signed: byte 2^31 would be
-# read in front of the array. A pool of bytes in between therefore claims to be larger. Nothing is read past its real
-# end, since slots and page ids are compared with the real number of pages.
-_claim_p = Primitive("mla_portable_claim")
-_claim_p.def_abstract_eval(lambda x, *, pages: x.update(shape=(pages, *x.shape[1:])))
-mlir.register_lowering(_claim_p, lambda ctx, x, *, pages: [x])
-
-
-def _with_wide_offsets(data: jax.Array) -> jax.Array:
-    if data.size <= 2**31 or data.size * data.dtype.itemsize > 2**32:
-        return data
-    return _claim_p.bind(data, pages=2**32 // math.prod(data.shape[1:]) + 1)
-
-
 def _decode(x, formats, plan: SplitPlan, sm_scale, scopes_of, end_of, config, capability, interpret):
     """Both kernels: q [items, rows, d_qk] -> (out [items, rows, d_v], lse float32 [items, rows])."""
     items, rows, _ = x["q"].shape
@@ -509,7 +494,7 @@ def _decode(x, formats, plan: SplitPlan, sm_scale, scopes_of, end_of, config, ca
     scale2 = (sm_scale * np.float32(LOG2_E)).reshape(1)
     x = x | dict(pieces=plan.pieces, splits=plan.splits, scale2=scale2)
     if not interpret:
-        x = x | {name: _with_wide_offsets(x[name]) for name in ("data", "extra_data") if name in x}
+        x = x | {name: with_wide_offsets(x[name]) for name in ("data", "extra_data") if name in x}
     shape = jax.ShapeDtypeStruct
     gpu = contextlib.nullcontext() if interpret else _some_gpu(capability)
     results = (shape((items, rows, d_v), x["q"].dtype), shape((items, rows), jnp.float32))

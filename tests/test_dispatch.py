@@ -1,5 +1,6 @@
 """How an implementation is picked, with made-up tables."""
 
+import dataclasses
 import functools
 import logging
 import subprocess
@@ -100,6 +101,16 @@ def test_falling_back_on_a_gpu_logs_once(monkeypatch, caplog):
         dispatch.choices(None, TABLE, Call, None)
         dispatch.choices("good", TABLE, Call, None)
     assert [r.message for r in caplog.records] == ["made_up on cuda 8.9 runs 'good'. best: needs (9, 0)"]
+
+
+def test_a_kernel_that_no_such_gpu_has_run_says_so(monkeypatch, caplog):
+    new = dataclasses.replace(GOOD, proven_on=(9,))
+    with caplog.at_level(logging.WARNING, logger="mla_jax"):
+        for capability, logs in (("9.0", 0), ("10.0", 1)):
+            monkeypatch.setattr(dispatch, "_local_cuda_device", lambda capability=capability: Device(capability))
+            dispatch.choices(None, (new, PLAIN), Call, None)
+            assert len(caplog.records) == logs
+    assert "has not been run on one" in caplog.text
 
 
 def test_no_log_without_a_gpu(caplog):

@@ -22,6 +22,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.formats import E4M3, INDEX_FP8, KVFormat
+from pallas_kernels.wide_offsets import with_wide_offsets
 
 if TYPE_CHECKING:
     from jaxtyping import Array, BFloat16, Float32, Int32, UInt8
@@ -60,9 +61,12 @@ def scores(
     columns = block_table.shape[1]
     check(INDEX_FP8, page_size, heads)
     reach = jnp.max(visible, axis=1)  # [b]
+    num_pages = data.shape[0]
     each = min(MAX_PAGES_PER_PROGRAM, max(1, b * columns // MIN_PROGRAMS))  # pages of a program
     q, weights = _normalized(q, weights)
-    static = dict(each=each, page_size=page_size, s=s, heads=heads, d=d, columns=columns, pages=data.shape[0])
+    if not interpret:
+        data = with_wide_offsets(data)
+    static = dict(each=each, page_size=page_size, s=s, heads=heads, d=d, columns=columns, pages=num_pages)
     return pl.pallas_call(
         functools.partial(_kernel, **static),
         out_shape=jax.ShapeDtypeStruct((b, s, columns * page_size), jnp.float32),

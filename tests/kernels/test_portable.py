@@ -24,6 +24,7 @@ from pallas_kernels import portable
 from pallas_kernels.formats import BF16_512, BF16_576, E4M3, E8M0, F32_512, F32_576, MODEL1, V32
 from pallas_kernels.portable import PortableConfig
 from pallas_kernels.schedule import plan_decode, plan_sparse_decode
+from pallas_kernels.wide_offsets import with_wide_offsets
 from tests import golden_files as gf
 from tests import samples
 from tests.test_golden import _sparse_arguments
@@ -312,7 +313,7 @@ def test_pools_between_2_and_4_gib_claim_more():
     for gib, claims in ((1, False), (3, True), (5, False)):
         for fmt in (V32, MODEL1):
             shape = (gib * 2**30 // fmt.page_bytes(64), *fmt.page_shape(64))
-            got = jax.eval_shape(portable._with_wide_offsets, jax.ShapeDtypeStruct(shape, jnp.uint8)).shape
+            got = jax.eval_shape(with_wide_offsets, jax.ShapeDtypeStruct(shape, jnp.uint8)).shape
             assert (got != shape) == claims and got[1:] == shape[1:]
             assert not claims or got[0] * fmt.page_bytes(64) > 2**32
 
