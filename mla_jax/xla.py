@@ -74,12 +74,12 @@ class _Running:
     ) -> _Running:
         scores = _product("gmhd,gcd->gmhc", q, keys) * sm_scale
         scores = jnp.where(valid[:, :, None, :], scores, -jnp.inf)  # [g, m, h, c]
+        # Or XLA may fuse the scale's product with the difference below, which rounds it but once: for scores of 1e9 the
+        # largest key's exp(0) would be exp(-128), and whether it is fused may depend on the batch.
+        scores = lax.optimization_barrier(scores)
         top = jnp.maximum(self.top, jnp.max(scores, axis=-1))
         base = jnp.where(top == -jnp.inf, 0, top)
-        # XLA may fuse the scale's product with the difference, which rounds it but once: for scores of 1e9 the largest
-        # key's exp(0) would be exp(-128). Its weight is therefore written down.
-        base_ = base[..., None]
-        weights = jnp.where(scores == base_, 1, jnp.exp(scores - base_))
+        weights = jnp.exp(scores - base[..., None])
         decay = jnp.exp(self.top - base)
         values = keys[..., : self.acc.shape[-1]]
         update = _product("gmhc,gcd->gmhd", weights, values)

@@ -218,22 +218,29 @@ def split_work(
       `(parts, pieces, splits)` as in `SplitPlan`.
     """
     num_items = num_blocks.shape[0]
-    # Sums over items, and products of a length with num_parts, stay below 2^30 whatever the lengths hold.
-    num_blocks = jnp.minimum(num_blocks, 2**30 // max(num_items, num_parts + 1) - overhead)  # [items]
+    # Sums over items, and twice the product of a length with num_parts, stay below 2^30 whatever the lengths hold.
+    num_blocks = jnp.minimum(num_blocks, 2**29 // max(num_items, num_parts + 1) - overhead)  # [items]
     if invariant_blocks is None:
         return _balanced(num_blocks, num_parts, overhead)
     return _invariant(num_blocks, num_parts, overhead, invariant_blocks)
 
 
 def _balanced(num_blocks, num_parts, overhead):
-    """Cuts the line of all blocks at equal distances, where a cut may move to avoid making small pieces."""
+    """Cuts the line of all blocks at equal distances, where a cut may move to avoid making small pieces.
+
+    In integers alone, so that a plan is the same however XLA compiles it.
+    """
     num_items = num_blocks.shape[0]
     cost = num_blocks + overhead  # [items]
     end = _cumsum(cost)  # [items]
-    # Behind the last item's blocks nothing is left to share.
-    share = -(-(end[-1] - overhead) // num_parts)  # []
-    share = jnp.maximum(-(-share // CUT_ALIGN_BLOCKS), 1) * CUT_ALIGN_BLOCKS  # []
-    at = jnp.arange(num_parts + 1, dtype=jnp.int32) * share  # [parts + 1]: where each part would begin
+    total = end[-1] - overhead  # []: behind the last item's blocks nothing is left to share
+    order = jnp.arange(num_parts + 1, dtype=jnp.int32)  # [parts + 1]
+    share = jnp.maximum(-(-total // num_parts), CUT_ALIGN_BLOCKS)  # []
+    # Where each part would begin, [parts + 1]: evenly, but not in smaller steps than what may be cut. A lone item is
+    # cut in whole steps: as much for the busiest part, and fewer pieces.
+    even_steps = order * (total // num_parts) + jnp.minimum(order, total % num_parts)  # [parts + 1]
+    whole_steps = order * (-(-share // CUT_ALIGN_BLOCKS) * CUT_ALIGN_BLOCKS)  # [parts + 1]
+    at = jnp.where((share == CUT_ALIGN_BLOCKS) | (num_items == 1), whole_steps, even_steps)  # [parts + 1]
     item = jnp.sum(end[None, :] <= at[:, None], axis=1, dtype=jnp.int32)  # [parts + 1]: the item that lies there
     inside = jnp.minimum(item, num_items - 1)  # [parts + 1]: the same, safe to index with
     blocks = num_blocks[inside]  # [parts + 1]
@@ -248,8 +255,8 @@ def _balanced(num_blocks, num_parts, overhead):
     near = jnp.where(offset <= margin, 0, jnp.where(offset >= blocks - margin, blocks, near))
     units = -(-blocks // CUT_ALIGN_BLOCKS)  # [parts + 1]
     num_even = jnp.clip((2 * (blocks + overhead) + share) // (2 * share), 1, jnp.maximum(units, 1))
-    grid = (blocks + overhead).astype(jnp.float32) / num_even.astype(jnp.float32)  # [parts + 1]: distance of its points
-    step = jnp.round((at - (end - cost)[inside]).astype(jnp.float32) / grid).astype(jnp.int32)  # [parts + 1]
+    whole = blocks + overhead  # [parts + 1]; the grid's points lie whole / num_even apart
+    step = (2 * (at - (end - cost)[inside]) * num_even + whole) // (2 * whole)  # [parts + 1], rounded half up
     even = jnp.where(step >= num_even, blocks, step * units // num_even * CUT_ALIGN_BLOCKS)  # [parts + 1]
     all_done = (item >= num_items) | (jnp.arange(num_parts + 1) == num_parts)  # [parts + 1]
 
@@ -266,13 +273,13 @@ def _balanced(num_blocks, num_parts, overhead):
         # The line holds one overhead at each item's end; a piece that ends inside an item adds another.
         return jnp.max(line[1:] - line[:-1] + jnp.where(cut_block > 0, overhead, 0)[1:])
 
-    # On a tie, "even" makes fewer pieces of several items, and "near" of one.
-    better = most_work(even) <= most_work(near) if num_items > 1 else False
+    # Where both are about as good, "even" makes fewer pieces of several items, and "near" of one.
+    near_work = most_work(near)
+    better = most_work(even) <= near_work + near_work // 64 if num_items > 1 else False
     cut_item, cut_block = place(jnp.where(better, even, near))
 
     # A cut inside an item begins a new piece, and so does every item. The first terms of the sums below could stand
     # outside of them, at the price of a kernel each.
-    order = jnp.arange(num_parts + 1, dtype=jnp.int32)  # [parts + 1]
     before = jnp.maximum(order - 1, 0)  # [parts + 1]
     same = (order > 0) & (cut_item == cut_item[before]) & (cut_block == cut_block[before])  # [parts + 1]
     new = ((cut_block > 0) & ~same)[None, :]  # [1, parts + 1]

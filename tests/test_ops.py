@@ -244,7 +244,8 @@ def test_vmap_with_a_shared_cache(rng):
     np.testing.assert_allclose(got[1][0], want[0][1], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("fmt", [pytest.param(mla_jax.V32, marks=pytest.mark.slow), mla_jax.MODEL1], ids=by_name)
+@pytest.mark.slow
+@pytest.mark.parametrize("fmt", [mla_jax.V32, mla_jax.MODEL1], ids=by_name)
 def test_vmap_over_caches(rng, fmt):
     calls = [samples.dense_call(rng, fmt, page_size=4) for _ in range(3)]
     for c in calls:

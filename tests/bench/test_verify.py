@@ -47,6 +47,7 @@ def test_wrong_results_are_noticed(monkeypatch):
     assert record["status"] == "wrong" and record["text"].startswith("draw 0: xla:")
 
 
+@pytest.mark.slow
 def test_report_of_one_check(tmp_path, capsys):
     """The command, a check in a process of its own, the files."""
     assert main(["verify", "--filter", "sparse-v32-h1-nothing", "--out", str(tmp_path)]) == 2

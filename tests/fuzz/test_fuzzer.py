@@ -127,7 +127,7 @@ def test_cases_cover_what_they_should():
     assert set(np.unique(np.concatenate(drawn))) == set(range(256))
 
 
-@pytest.mark.parametrize("kind", ["dense", "sparse", "cache", "bytes"])
+@pytest.mark.parametrize("kind", [pytest.param("dense", marks=pytest.mark.slow), "sparse", "cache", "bytes"])
 def test_cases_pass(kind):
     """A few cases of one spec of each kind; `mla-jax fuzz` runs as many as there is time for."""
     firsts = [n for n in range(0, 4000, 100) if (s := fuzz.draw(8, n).spec).kind == kind and not s.contiguous]

@@ -309,7 +309,7 @@ def test_config_is_validated(wrong):
 
 
 def test_pools_between_2_and_4_gib_claim_more():
-    """Pallas would compute 32-bit offsets for them. (tests/gpu/test_portable.py reads such pools.)"""
+    """Pallas would compute 32-bit offsets for them. (tests/gpu/test_portable_gpu.py reads such pools.)"""
     for gib, claims in ((1, False), (3, True), (5, False)):
         for fmt in (V32, MODEL1):
             shape = (gib * 2**30 // fmt.page_bytes(64), *fmt.page_shape(64))

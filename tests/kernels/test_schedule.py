@@ -3,6 +3,7 @@
 import functools
 import itertools
 
+import chex
 import hypothesis
 import hypothesis.strategies as st
 import jax
@@ -81,6 +82,11 @@ def test_every_block_once_and_balanced(case, invariant_blocks):
         ([0], 66, 0, 1),
         ([0] * 5, 3, 0, 5),
         ([256] * 128, 66, 506, 194),
+        ([64] * 66, 66, 64, 66),  # a request a part: nothing is cut
+        ([64] * 132, 132, 64, 132),
+        ([16] * 12, 12, 16, 12),
+        ([128] * 32, 132, 32, 128),  # quarters
+        ([64] * 128, 33, 256, 128),  # four whole requests each, though cutting some would even things out by 1 %
     ],
 )
 def test_balance_of_named_cases(num_blocks, num_parts, max_blocks, max_pieces):
@@ -88,6 +94,12 @@ def test_balance_of_named_cases(num_blocks, num_parts, max_blocks, max_pieces):
     blocks, _ = walk(num_blocks, arrays)
     assert blocks.max() <= max_blocks
     assert np.asarray(arrays[2])[-1] <= max_pieces
+
+
+def test_a_plan_is_the_same_under_jit_and_outside():
+    for num_blocks, num_parts in (([16] * 12, 12), ([64] * 66, 66), ([7, 128, 3, 64, 0, 31], 132)):
+        num_blocks = jnp.array(num_blocks, jnp.int32)
+        chex.assert_trees_all_equal(schedule.split_work(num_blocks, num_parts), split(num_blocks, num_parts, None))
 
 
 def test_thousands_of_requests():

@@ -12,6 +12,7 @@ from jupyter_client.manager import KernelManager
 
 ROOT = Path(__file__).parents[2]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9]*.py"))
+SLOW = {"04_split_plan", "09_serving_loop"}  # 15 s and 50 s; the engine and the plan have tests of their own
 RESET = "%reset -f\nimport matplotlib\nmatplotlib.rcdefaults()\n%matplotlib inline"
 
 spec = importlib.util.spec_from_file_location("store", ROOT / "notebooks" / "store.py")
@@ -49,7 +50,11 @@ def test_files_are_paired(path):
     assert not [o for o in outputs if o.output_type == "error" or o.get("name") == "stderr"]
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def _slow_if_slow(path):
+    return pytest.param(path, marks=[pytest.mark.slow] if path.stem in SLOW else [])
+
+
+@pytest.mark.parametrize("path", map(_slow_if_slow, NOTEBOOKS), ids=lambda p: p.stem)
 def test_runs(path, runner):
     notebook = nbformat.read(path.with_suffix(".ipynb"), as_version=4)
     notebook.cells.insert(0, nbformat.v4.new_code_cell(RESET))
