@@ -21,7 +21,8 @@ from mla_jax.sharding import DecodeSharding, ModuleSharding
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
-ELSEWHERE = {"README.md": "test_readme.py", "docs/modules.md": "nn/test_modules_page.py"}  # pages whose code another test runs
+# Pages whose code another test runs.
+ELSEWHERE = {"README.md": "test_readme.py", "docs/modules.md": "nn/test_modules_page.py"}
 SHOWN = {"docs/add-a-format.md": test_extending, "docs/add-a-kernel.md": test_extending}  # pages that show tests
 
 

@@ -1,7 +1,7 @@
 """The portable kernels on a GPU (compute capability 8.0 and above), against the reference.
 
-`pytest -m gpu tests/gpu/test_portable_gpu.py` takes a small sample of the covering lists of shapes that the Mosaic kernels
-are tested with, and formats that only these kernels take; `-m slow` takes more.
+`pytest -m gpu tests/gpu/test_portable_gpu.py` takes a small sample of the covering lists of shapes that the Mosaic
+kernels are tested with, and formats that only these kernels take; `-m slow` takes more.
 """
 
 import functools
