@@ -54,7 +54,7 @@ def _slow_if_slow(path):
     return pytest.param(path, marks=[pytest.mark.slow] if path.stem in SLOW else [])
 
 
-@pytest.mark.parametrize("path", map(_slow_if_slow, NOTEBOOKS), ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", [_slow_if_slow(path) for path in NOTEBOOKS], ids=lambda p: p.stem)
 def test_runs(path, runner):
     notebook = nbformat.read(path.with_suffix(".ipynb"), as_version=4)
     notebook.cells.insert(0, nbformat.v4.new_code_cell(RESET))
