@@ -177,12 +177,25 @@ def pack_kv(
 
 @functools.partial(jax.jit, static_argnames=("scale_rule",), inline=True)
 def _append(cache: PagedKVCache, kv, slots, scale_rule: ScaleRule) -> PagedKVCache:
-    page, offset = _locate(slots, cache)
-    for record, rows in enumerate(encode_rows(kv, cache.format, scale_rule)):  # [n, record width]
-        area, first_row = _area(cache, record)
-        area = area.at[page, first_row + offset].set(rows, mode="drop")
-        cache = PagedKVCache(area.reshape(cache.data.shape), cache.format, cache.page_size)
-    return cache
+    # One scatter for all areas, so that XLA makes one kernel of it: a page is seen as units that every record is a
+    # whole number of, and a token's units, those of all its records, are written side by side. Slots that come twice
+    # make the promise of unique indices false: what they then hold is unspecified, which is what `append_kv` says of
+    # them. Without it, XLA writes each byte by a loop of compare-and-swap on the word around it.
+    fmt, page_size = cache.format, cache.page_size
+    page, offset = _locate(slots, cache)  # [n]
+    records = encode_rows(kv, fmt, scale_rule)  # each [n, record width]
+    if cache.data.ndim == 3:
+        return cache.replace(cache.data.at[page, offset].set(records[0], mode="drop", unique_indices=True))
+    unit_bytes = fmt.unit_bytes(page_size)
+    areas = []
+    for record, num_bytes in enumerate(fmt.record_bytes):
+        first, count = fmt.area_offset_bytes(record, page_size) // unit_bytes, num_bytes // unit_bytes
+        areas.append(first + offset[:, None] * count + jnp.arange(count, dtype=jnp.int32)[None])  # [n, count]
+    unit = jnp.concatenate(areas, axis=1)  # [n, units of a token]
+    rows = jnp.concatenate(records, axis=1).reshape(*unit.shape, unit_bytes)  # [n, units of a token, unit_bytes]
+    pool = cache.data.reshape(cache.num_pages, fmt.page_bytes(page_size) // unit_bytes, unit_bytes)
+    pool = pool.at[page[:, None], unit].set(rows, mode="drop", unique_indices=True)
+    return cache.replace(pool.reshape(cache.data.shape))
 
 
 def append_kv(
@@ -198,7 +211,7 @@ def append_kv(
       cache: the cache to write into.
       kv: [n, d_qk] in the format's compute dtype (bfloat16; float32 for F32_*).
       slots: int32 [n], page * page_size + offset. A slot outside [0, num_pages * page_size) is dropped: pass -1 for
-        padded rows. Where a slot comes twice, which row wins is unspecified.
+        padded rows. Where a slot comes twice, what it then holds is unspecified (on a GPU, bytes of either row).
       scale_rule: as in `pack_kv`.
 
     Returns:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from typing import Literal
 
 import ml_dtypes
@@ -156,6 +157,10 @@ class KVFormat:
     def area_first_row(self, record: int, page_size: int) -> int:
         """The same as a row number of the page seen as `[page_bytes / record_bytes, record_bytes]`."""
         return self.area_offset_bytes(record, page_size) // self.record_bytes[record]
+
+    def unit_bytes(self, page_size: int) -> int:
+        """The longest run of bytes that every record, every area's offset and the page are whole numbers of."""
+        return math.gcd(*self.record_bytes, self.page_bytes(page_size))
 
     def page_shape(self, page_size: int) -> tuple[int, ...]:
         """Shape of one page in the cache array, whose leading axis is the page."""

@@ -11,7 +11,7 @@ The chain's calls take their arguments, caches aside, from distinct parameters a
 can neither merge nor drop one. XLA runs them from a CUDA graph (its default), told to keep them in order: left alone it
 would run calls that do not depend on each other side by side. That every kernel ran N times, and the main one never two
 at a time, is checked on every measurement. Calls made of XLA ops alone, which XLA could mix with each other, are linked
-by data instead: each waits for the last one.
+instead: each waits for the last one, by data or, where that one's result is a pool to update in place, by a barrier.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Sample:
 
     us: float
     busy_us: float
-    kernels: tuple[str, ...]  # of one call (each name once, where calls are linked by data)
+    kernels: tuple[str, ...]  # of one call (each name once, where calls are linked)
     in_graph: bool  # whether XLA ran them from a CUDA graph
 
 
@@ -85,7 +85,7 @@ class CompiledChain:
 
     Attributes:
       workload, calls, sets: what was compiled.
-      linked: whether calls are chained by data, not by the stream alone.
+      linked: whether calls are chained by data or a barrier, not by the stream alone.
       executable: (leaves of caches and of each call's arguments, leaves of the carry) -> leaves of the results, those
         of the last call at the end. The carry is donated.
     """
@@ -282,11 +282,16 @@ def _data_chain(op: Callable) -> Callable:
 
 
 def _carry_chain(op: Callable) -> Callable:
-    """The carry, donated, goes through every call; so does a zero, or XLA would hoist what depends on args alone."""
+    """The carry, donated, goes through every call, and each call's arguments wait for it at a barrier.
+
+    Without the barrier XLA may hoist or merge what depends on arguments alone. A link by data, as in `_data_chain`,
+    would read the carry in the kernel that updates it, and for that XLA copies the whole pool.
+    """
 
     def chain(caches, args, carry):
         for arg in args:
-            carry = op(caches, _linked(arg, carry) | {"carry": carry})
+            arg, carry = jax.lax.optimization_barrier((arg, carry))
+            carry = op(caches, arg | {"carry": carry})
         return carry
 
     return chain
