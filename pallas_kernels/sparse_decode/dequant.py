@@ -148,8 +148,9 @@ class SparseHardware(mgpu.Hardware):
         return tuple(load(data, slots))
 
     def start_copy(self, data, slots, kv, rows, stage, scope: Scope, copied=None) -> None:
-        """Begins to copy a block's raw rows to a free stage."""
-        self._start(_copy_raw, data, slots, kv, rows, stage, scope)
+        """Begins to copy a block's raw rows to a free stage. Of plain rows it only says that the stage's turn has come:
+        every block takes one phase of the mbarriers, whatever its format, so that nobody falls a phase behind."""
+        self._start(_copy_raw if scope.fmt.is_quantized else _copy_nothing, data, slots, kv, rows, stage, scope)
 
     def copy_plain(self, data, slots, kv, rows, stage, scope: Scope) -> None:
         """Begins to copy a block's bf16 rows to a free stage; the same warpgroup finishes."""
@@ -180,13 +181,14 @@ class SparseHardware(mgpu.Hardware):
             for k, key in enumerate(keys):
                 mask = arith.select(key, const(0, i32()), const(MINUS_INFINITY, i32()))
                 asm(f"st.shared.b32 [$0+{128 * k}], $1;", "r,r", bias, mask)
+            for k, key in enumerate(keys):
+                _wait(_barrier(lane, rows, scalar(stage), k), scalar(parity))
+                if scope.fmt.is_quantized:
+                    group = lane.group(kv, scalar(stage), k, scope.fmt.d_qk)
+                    chunks = _read_raw(lane, group, key, scope)
+                    _dequantize_group(lane, group, chunks, [w[k] for w in scale_words], scope)
             if not scope.fmt.is_quantized:
                 asm("cp.async.wait_all;")
-            for k, key in enumerate(keys if scope.fmt.is_quantized else ()):
-                group = lane.group(kv, scalar(stage), k, scope.fmt.d_qk)
-                _wait(_barrier(lane, rows, scalar(stage), k), scalar(parity))
-                chunks = _read_raw(lane, group, key, scope)
-                _dequantize_group(lane, group, chunks, [w[k] for w in scale_words], scope)
             asm("fence.proxy.async.shared::cta;")
 
         finish(slots, tuple(scales), kv, rows, stage, parity)
@@ -269,14 +271,23 @@ def _copy_raw(lane, group, row, key, barrier, fallback, scope) -> None:
     """Raw rows, one bulk copy each, issued by the 8 lanes of chunk 0."""
     go = arith.andi(key, equal(lane.chunk, 0))
     text = f"{{ vote.sync.ballot.b32 $0, $1, 0xffffffff; popc.b32 $0, $0; mul.lo.u32 $0, $0, {scope.row_bytes}; }}"
-    num_bytes = asm(text, "=r,b", go, result="i32")
-    text = "@$0 mbarrier.arrive.expect_tx.shared::cta.b64 _, [$1], $2;"
-    asm(text, "b,r,r", equal(lane.lane, 0), barrier, num_bytes)
+    _arrive(lane, barrier, asm(text, "=r,b", go, result="i32"))
     text = (
         "@$0 cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes "
         f"[$1], [$2], {scope.row_bytes}, [$3];"
     )
     asm(text, "b,r,l,r", go, _staged(lane, group, scope), row, barrier)
+
+
+def _copy_nothing(lane, group, row, key, barrier, fallback, scope) -> None:
+    """Plain rows: `_copy_plain` brings them, another warpgroup's."""
+    _arrive(lane, barrier, const(0, i32()))
+
+
+def _arrive(lane: Lane, barrier: ir.Value, num_bytes: ir.Value) -> None:
+    """Ends the mbarrier's phase once so many bytes have come."""
+    text = "@$0 mbarrier.arrive.expect_tx.shared::cta.b64 _, [$1], $2;"
+    asm(text, "b,r,r", equal(lane.lane, 0), barrier, num_bytes)
 
 
 def _wait(barrier: ir.Value, parity: ir.Value) -> None:
@@ -329,7 +340,8 @@ class SparseInterpreted(mgpu.Interpreted):
         return {"copied": plgpu.Barrier(num_barriers=STAGES)}
 
     def init_copies(self, rows) -> None:
-        pass
+        for stage in range(STAGES):
+            rows[BARRIER_ROW, stage] = jnp.float32(0)  # phases that have ended: what an mbarrier keeps
 
     def load_slots(self, indices, item, block, length, scope):
         place = block * BLOCK_TOKENS + jnp.arange(BLOCK_TOKENS, dtype=jnp.int32)  # [64]
@@ -340,7 +352,9 @@ class SparseInterpreted(mgpu.Interpreted):
         return ()
 
     def start_copy(self, data, slots, kv, rows, stage, scope, copied) -> None:
-        self.copy_plain(data, slots, kv, rows, stage, scope)
+        if scope.fmt.is_quantized:
+            self.copy_plain(data, slots, kv, rows, stage, scope)
+        rows[BARRIER_ROW, stage] = rows[BARRIER_ROW, stage] + 1
         plgpu.barrier_arrive(copied.at[stage])
 
     def copy_plain(self, data, slots, kv, rows, stage, scope) -> None:
@@ -348,9 +362,10 @@ class SparseInterpreted(mgpu.Interpreted):
         kv[stage] = jnp.full((BLOCK_TOKENS, scope.fmt.d_qk), jnp.nan, jnp.bfloat16)
 
     def finish_block(self, data, slots, scales, kv, rows, stage, parity, scope, copied) -> None:
-        if scope.fmt.is_quantized:
-            plgpu.barrier_wait(copied.at[stage])
-        kv[stage] = _interpreted_rows(data[...], slots, scope)
+        plgpu.barrier_wait(copied.at[stage])
+        # On a GPU a wait for the wrong parity is over too early, or never: here it spoils the keys.
+        is_due = lax.rem(rows[BARRIER_ROW, stage].astype(jnp.int32) - 1, jnp.int32(2)) == parity
+        kv[stage] = jnp.where(is_due, _interpreted_rows(data[...], slots, scope), jnp.bfloat16(jnp.nan))
         key = (slots >= 0) & (slots < scope.num_slots)
         rows[BIAS_ROW + stage] = jnp.where(key, 0.0, MASKED).astype(jnp.float32)
         self.publish_smem()

@@ -283,8 +283,7 @@ def _copy_warpgroup(
     def block(k, item, j, number, slots):
         stage = lax.rem(number, jnp.int32(STAGES))
         plgpu.barrier_wait(empty.at[stage])
-        if scopes[k].fmt.is_quantized:
-            ops.start_copy(data[k], slots, kv, rows, stage, scopes[k], **copied)
+        ops.start_copy(data[k], slots, kv, rows, stage, scopes[k], **copied)
         return load(k, item, j + 1)
 
     each_block(parts, pieces, lengths, scopes, load, block)

@@ -108,6 +108,13 @@ def test_pairs_of_formats(fmt, extra_fmt):
     check(samples.sparse_call(np.random.default_rng(1), fmt, extra_fmt, b=2, s_q=1, topk=75, extra_topk=70))
 
 
+def test_plain_and_quantized_blocks_take_turns_in_a_stage():
+    """One CTA for all items: every block counts as one use of its stage, whoever copies it."""
+    rng = np.random.default_rng(1)
+    call = samples.sparse_call(rng, mla_jax.MODEL1, mla_jax.BF16_512, b=1, s_q=2, topk=70, extra_topk=65)
+    check(call, num_sms=1)
+
+
 @pytest.mark.slow
 def test_two_tiles_of_heads():
     check(samples.sparse_call(np.random.default_rng(2), mla_jax.V32, b=1, s_q=2, h=72, topk=130))
@@ -131,10 +138,8 @@ PLANTED = {
     ),
     "a stage is refilled while it is read": (
         "        plgpu.barrier_wait(empty.at[stage])\n"
-        "        if scopes[k].fmt.is_quantized:\n"
-        "            ops.start_copy(data[k], slots, kv, rows, stage, scopes[k], **copied)\n",
-        "        if scopes[k].fmt.is_quantized:\n"
-        "            ops.start_copy(data[k], slots, kv, rows, stage, scopes[k], **copied)\n"
+        "        ops.start_copy(data[k], slots, kv, rows, stage, scopes[k], **copied)\n",
+        "        ops.start_copy(data[k], slots, kv, rows, stage, scopes[k], **copied)\n"
         "        plgpu.barrier_wait(empty.at[stage])\n",
     ),
     "a stage is announced before it is full": (
@@ -163,3 +168,14 @@ def test_planted_mistake_is_found(what):
     call = every_index(mla_jax.MODEL1, h=4, topk=300)
     with pytest.raises(interpreter.RaceFound):
         decode(call, num_sms=1, module=module)
+
+
+@pytest.mark.slow
+def test_planted_wrong_phase_is_found():
+    """A wait for the wrong parity of the copies' mbarrier, which on a GPU comes back too early or never."""
+    source, right = inspect.getsource(sm90), "lax.div(number, jnp.int32(STAGES))"
+    assert source.count(right) == 1, "the kernel has changed; plant the mistake anew"
+    module = types.ModuleType("planted")
+    exec(compile(source.replace(right, f"{right} + 1"), "planted", "exec"), module.__dict__)
+    out, _ = decode(every_index(mla_jax.MODEL1, h=4, topk=300), num_sms=1, module=module)
+    assert np.isnan(np.asarray(out, np.float32)).all()
