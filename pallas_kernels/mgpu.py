@@ -11,6 +11,7 @@ kernel that is proved:
 | `launch_dependents`, `wait_for_primary` | griddepcontrol | nothing: kernels run one after the other |
 | `producer_warp` | one warp of the warpgroup | the warpgroup as one thread |
 | `gather_rows` | `cp.async`, 16 bytes each | one plain copy a row |
+| `store_rows`, `store_row_values` | predicated stores from registers | plain stores of the rows that exist |
 | `any_positive` | a vote of the warpgroup (`bar.red.or`) | a plain reduction |
 
 Tensor memory, tcgen05 and their barriers, which SM90 does not have, need no substitution. The interpreter lacks wgmma
@@ -33,7 +34,7 @@ from jax import lax
 from jax.experimental.mosaic import gpu as mosaic
 from jax.experimental.mosaic.gpu import utils as mosaic_utils
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm, nvvm
+from jaxlib.mlir.dialects import arith, llvm, nvvm, vector
 
 WARPGROUP = 128  # threads
 WARP = 32  # threads
@@ -192,6 +193,22 @@ class Hardware:
         """
         _gather_rows(source, table, dst, bias, rows)
 
+    def store_rows(self, x: jax.Array, *, out: Any, index: Any, tile: Any, column: int, num_rows: int) -> None:
+        """x [64, n] -> out[index, 64 * tile + row, column:column + n], rows from `num_rows` on left out.
+
+        Args:
+          x: float32, WGMMA layout; converted to out's dtype.
+          out: float32 or bf16 `[items, num_rows, columns]` in GMEM.
+          index, tile: traced int32 `[]`s.
+          column: the first.
+          num_rows: rows that exist.
+        """
+        _store_rows(x.astype(out.dtype), out, index, tile, column, num_rows)
+
+    def store_row_values(self, x: jax.Array, *, out: Any, index: Any, tile: Any, num_rows: int) -> None:
+        """The same of one float32 a row: x `[64]` in WGMMA_ROW layout, out `[items, num_rows]`."""
+        _store_row_values(x, out, index, tile, num_rows)
+
     def any_positive(self, x: jax.Array, layout: Any) -> jax.Array:
         """Whether any value is above 0: bool `[]`, the same for all threads. One warpgroup of a CTA may call this.
 
@@ -207,8 +224,8 @@ class Hardware:
             i32 = ir.IntegerType.get_signless(32)
             zero = arith.ConstantOp(x.mlir_dtype, ir.FloatAttr.get(x.mlir_dtype, 0.0)).result  # type: ignore
             flag = first = arith.ConstantOp(i32, ir.IntegerAttr.get(i32, 0)).result  # type: ignore
-            for vector in x.registers.flat:
-                value = llvm.extractelement(vector, first)
+            for register in x.registers.flat:
+                value = llvm.extractelement(register, first)
                 flag = arith.ori(flag, arith.extui(i32, arith.cmpf(arith.CmpFPredicate.OGT, value, zero)))
             text = (
                 "{ .reg .pred p; setp.ne.s32 p, $1, 0; "
@@ -304,6 +321,74 @@ def _gather_rows(source: Any, table: Any, dst: Any, bias: Any, rows: GatherRows)
     plgpu.commit_smem()
 
 
+def _constant(value: int, kind: ir.Type) -> ir.Value:
+    return arith.ConstantOp(kind, ir.IntegerAttr.get(kind, value)).result  # type: ignore
+
+
+def _accumulator_row(out: ir.Value, index: Any, tile: Any, num_rows: int) -> tuple[ir.Value, ir.Value, ir.Value]:
+    """Of the calling thread's first accumulator row, the second being 8 below it: its number among all tiles' rows, its
+    number in `out` [items, num_rows, ...], 64 bits; and the thread's place among the four that share a row."""
+    i32, i64 = ir.IntegerType.get_signless(32), ir.IntegerType.get_signless(64)
+    thread = arith.remui(mosaic_utils.thread_idx(), _constant(WARPGROUP, i32))
+    warp, lane = (op(thread, _constant(WARP, i32)) for op in (arith.divui, arith.remui))
+    row = arith.addi(arith.muli(tile.registers[()], _constant(64, i32)), arith.muli(warp, _constant(16, i32)))
+    row = arith.addi(row, arith.divui(lane, _constant(4, i32)))
+    item = arith.muli(arith.extui(i64, index.registers[()]), _constant(num_rows, i64))
+    return row, arith.addi(item, arith.extui(i64, row)), arith.remui(lane, _constant(4, i32))
+
+
+def _exists(row: ir.Value, half: int, num_rows: int) -> ir.Value:
+    """Whether the row (half 0), or the one 8 below it (half 1), is one of `num_rows`."""
+    below = arith.addi(row, _constant(8 * half, row.type))
+    return arith.cmpi(arith.CmpIPredicate.ult, below, _constant(num_rows, row.type))
+
+
+def _store_rows(x, out, index, tile, column: int, num_rows: int) -> None:
+    width, size = out.shape[-1], jnp.dtype(out.dtype).itemsize
+
+    @plgpu.inline_mgpu(arg_types=(WGMMA, plgpu.RefType(), plgpu.Layout.WG_SPLAT, plgpu.Layout.WG_SPLAT))
+    def store(_, x, out, index, tile):
+        i32, i64 = ir.IntegerType.get_signless(32), ir.IntegerType.get_signless(64)
+        row, place, quad = _accumulator_row(out, index, tile, num_rows)
+        offset = arith.addi(arith.muli(quad, _constant(2 * size, i32)), _constant(column * size, i32))
+        address = llvm.ptrtoint(i64, mosaic_utils.memref_ptr(out))
+        address = arith.addi(address, arith.muli(place, _constant(width * size, i64)))
+        address = arith.addi(address, arith.extui(i64, offset))
+        flat = x.registers.reshape(-1)  # register 2 * j + half: columns 8 * j + 2 * (lane % 4), row + 8 * half
+        for half in range(2):
+            exists = _exists(row, half, num_rows)
+            for j in range(flat.size // 2):
+                at = 8 * j * size + 8 * half * width * size
+                if size == 2:
+                    word = mosaic.utils.bitcast(flat[2 * j + half], i32)
+                    asm(f"@$0 st.global.b32 [$1+{at}], $2;", "b,l,r", exists, address, word)
+                else:
+                    pair = [
+                        vector.extract(flat[2 * j + half], dynamic_position=[], static_position=[e])
+                        for e in range(2)
+                    ]
+                    asm(f"@$0 st.global.v2.f32 [$1+{at}], {{$2, $3}};", "b,l,f,f", exists, address, *pair)
+
+    store(x, out, index, tile)
+
+
+def _store_row_values(x, out, index, tile, num_rows: int) -> None:
+    @plgpu.inline_mgpu(arg_types=(WGMMA_ROW, plgpu.RefType(), plgpu.Layout.WG_SPLAT, plgpu.Layout.WG_SPLAT))
+    def store(_, x, out, index, tile):
+        i64 = ir.IntegerType.get_signless(64)
+        row, place, quad = _accumulator_row(out, index, tile, num_rows)
+        address = llvm.ptrtoint(i64, mosaic_utils.memref_ptr(out))
+        address = arith.addi(address, arith.muli(place, _constant(4, i64)))
+        is_first = arith.cmpi(arith.CmpIPredicate.eq, quad, _constant(0, quad.type))
+        for half, value in enumerate(x.registers.reshape(-1)):
+            if isinstance(value.type, ir.VectorType):
+                value = vector.extract(value, dynamic_position=[], static_position=[0])
+            exists = arith.andi(is_first, _exists(row, half, num_rows))
+            asm(f"@$0 st.global.f32 [$1+{32 * half}], $2;", "b,l,f", exists, address, value)
+
+    store(x, out, index, tile)
+
+
 class _InterpretedBarriers(Barriers):
     def __init__(self, handoffs: Mapping[str, Handoff], refs: Mapping[str, Any]):
         super().__init__(handoffs)
@@ -366,11 +451,31 @@ class Interpreted(Hardware):
             lax.cond(is_real, copy, clear)
         plgpu.commit_smem()
 
+    def store_rows(self, x, *, out, index, tile, column, num_rows):
+        def store(first, count):
+            out[index, pl.ds(first, count), pl.ds(column, x.shape[1])] = x[:count].astype(out.dtype)
+
+        _store_tile(store, tile, num_rows)
+
+    def store_row_values(self, x, *, out, index, tile, num_rows):
+        def store(first, count):
+            out[index, pl.ds(first, count)] = x[:count]
+
+        _store_tile(store, tile, num_rows)
+
     def any_positive(self, x, layout):
         return jnp.max(x) > 0
 
     def producer_warp(self, run):
         run()
+
+
+def _store_tile(store: Callable[[Any, int], None], tile: Any, num_rows: int) -> None:
+    """store(first row, how many) for the rows of a tile of 64 that exist."""
+    whole, rest = divmod(num_rows, 64)
+    pl.when(tile < whole)(lambda: store(tile * 64, 64))
+    if rest:
+        pl.when(tile == whole)(lambda: store(whole * 64, rest))
 
 
 HARDWARE = Hardware()

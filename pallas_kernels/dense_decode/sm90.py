@@ -38,9 +38,9 @@ HALF = 256  # columns of `left` and of `right`
 
 # ------------------------------------------------------------------------------------------------ shared memory
 
-# Rows of `vectors`: running maxima and sums of the two consumers, the LSE on its way out, and, where rows are gathered
-# one by one, what to add to the scores of the two blocks: 0 or, for tokens that are no keys, -inf.
-MAX0, MAX1, SUM0, SUM1, LSE, BIAS0, BIAS1 = range(7)
+# Rows of `vectors`: running maxima and sums of the two consumers, and, where rows are gathered one by one, what to add
+# to the scores of the two blocks: 0 or, for tokens that are no keys, -inf.
+MAX0, MAX1, SUM0, SUM1, BIAS0, BIAS1 = range(6)
 
 
 def smem_plan(d_qk: int) -> dict[str, Any]:
@@ -218,7 +218,7 @@ def _first_scores(refs, full, q_rope, side, dyn, *, shape):
     return pl.run_scoped(run, plgpu.ACC((ROWS, BLOCK), jnp.float32))
 
 
-def _store_result(side, acc, maximum, total, *, work, refs, outs, bar, tile_index):
+def _store_result(side, acc, maximum, total, *, work, refs, outs, bar, ops, tile_index, shape):
     """Normalises, and writes the result of an unsplit item or the partial result of a piece."""
     vectors = refs["vectors"]
     vectors[SUM0 + side] = total
@@ -230,31 +230,27 @@ def _store_result(side, acc, maximum, total, *, work, refs, outs, bar, tile_inde
     rows = pl.ds(tile_index * ROWS, ROWS)
     columns = pl.ds(side * HALF, HALF)
 
-    def lse2():
-        value = maximum + jnp.log2(total)  # [ROWS]
-        return jnp.where(is_empty, jnp.full_like(value, -jnp.inf), value)
+    lse2 = jnp.where(is_empty, jnp.full_like(total, -jnp.inf), maximum + jnp.log2(total))  # [ROWS]
+    store_lse = functools.partial(ops.store_row_values, tile=tile_index, num_rows=shape.rows)
 
     @pl.when(jnp.logical_not(work.is_split))
     def _():
         # The last products read these two buffers; the other two are already being refilled.
         staging = refs["left"].at[1] if side == 0 else refs["right"].at[0]
         staging[...] = acc.astype(jnp.bfloat16)
-        if side == 0:
-            vectors[LSE] = lse2() * mgpu.LN_2
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(staging, outs["out"].at[work.item, rows, columns])
         if side == 0:
-            plgpu.copy_smem_to_gmem(vectors.at[LSE], outs["lse"].at[work.item, rows])
+            store_lse(lse2 * mgpu.LN_2, out=outs["lse"], index=work.item)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     @pl.when(work.is_split)
     def _():
-        outs["partial_out"][work.piece, rows, columns] = acc
+        ops.store_rows(
+            acc, out=outs["partial_out"], index=work.piece, tile=tile_index, column=side * HALF, num_rows=shape.rows
+        )
         if side == 0:
-            vectors[LSE] = lse2()
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(vectors.at[LSE], outs["partial_lse2"].at[work.piece, rows])
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            store_lse(lse2, out=outs["partial_lse2"], index=work.piece)
 
 
 def _consumer(side, *, config, shape, part, tile_index, inputs, outs, refs, full, bar, ops):
@@ -284,8 +280,9 @@ def _consumer(side, *, config, shape, part, tile_index, inputs, outs, refs, full
         if side == 0 and shape.has_rope:
             bar.arrive("free_q_rope")  # the last read of P1, which lies in Q's rope tile
         _store_result(
-            side, acc, maximum, total, work=work, refs=refs, outs=outs, bar=bar, tile_index=tile_index
-        )
+            side, acc, maximum, total, work=work, refs=refs, outs=outs, bar=bar, ops=ops, tile_index=tile_index,
+            shape=shape,
+        )  # fmt: skip
         bar.arrive("free_left1" if side == 0 else "free_right0")
 
     for_each_piece(part, inputs["parts"], piece)
@@ -433,12 +430,11 @@ def dense_decode(
     if (needed := mgpu.smem_bytes(scratch)) > mgpu.MAX_SMEM_BYTES:
         raise ValueError(f"the dense kernel needs {needed} bytes of shared memory of {mgpu.MAX_SMEM_BYTES}")
 
-    padded_rows = shape.tiles * ROWS
     out_type = (
         jax.ShapeDtypeStruct((shape.batch, shape.tma_rows, d_v), jnp.bfloat16),
-        jax.ShapeDtypeStruct((shape.batch, padded_rows), jnp.float32),
-        jax.ShapeDtypeStruct((plan.max_pieces, padded_rows, d_v), jnp.float32),
-        jax.ShapeDtypeStruct((plan.max_pieces, padded_rows), jnp.float32),
+        jax.ShapeDtypeStruct((shape.batch, shape.rows), jnp.float32),
+        jax.ShapeDtypeStruct((plan.max_pieces, shape.rows, d_v), jnp.float32),
+        jax.ShapeDtypeStruct((plan.max_pieces, shape.rows), jnp.float32),
     )
     q_rows = q.reshape(shape.batch, shape.rows, shape.d_qk)  # [b, s_q * h, d_qk]
     if shape.tma_rows != shape.rows:
@@ -471,4 +467,4 @@ def dense_decode(
         out, lse = combine(
             out, lse, partial_out, partial_lse2, plan.splits, rows_per_cta=config.combine_rows, interpret=interpret
         )
-    return out[:, : shape.rows].reshape(*q.shape[:3], d_v), lse[:, : shape.rows].reshape(q.shape[:3])
+    return out[:, : shape.rows].reshape(*q.shape[:3], d_v), lse.reshape(q.shape[:3])

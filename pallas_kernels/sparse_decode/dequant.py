@@ -21,13 +21,11 @@ Rows of keys that do not count are zeros, read from nowhere.
 from __future__ import annotations
 
 import jax
-import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental.mosaic import gpu as mosaic
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, vector
+from jaxlib.mlir.dialects import arith
 
 from pallas_kernels import formats, mgpu
 from pallas_kernels.mgpu import asm
@@ -193,57 +191,6 @@ class SparseHardware(mgpu.Hardware):
 
         finish(slots, tuple(scales), kv, rows, stage, parity)
 
-    def store_rows(self, x, *, out, index, tile, column: int, num_rows: int) -> None:
-        """x [64, n] -> out[index, 64 * tile + row, column:column + n] for rows that exist. float32 or bf16."""
-        narrow = out.dtype == jnp.bfloat16
-        width = out.shape[-1]
-
-        @plgpu.inline_mgpu(arg_types=(mgpu.WGMMA, REF, SPLAT, SPLAT))
-        def store(_, x, out, index, tile):
-            lane = Lane()
-            quad, within = arith.divui(lane.lane, const(4, i32())), arith.remui(lane.lane, const(4, i32()))
-            row = add(mul(scalar(tile), 64), add(mul(lane.warp, 16), quad))
-            size = out.type.element_type.width // 8
-            place = add(mul(wide(scalar(index)), num_rows), wide(row))
-            address = add(gmem(out), mul(place, width * size))
-            address = add(address, wide(add(mul(within, 2 * size), column * size)))
-            flat = x.registers.reshape(-1)  # register 2 * j + half: columns 8 * j + 2 * (lane % 4), row + 8 * half
-            for half in range(2):
-                exists = less(add(row, 8 * half), num_rows)
-                for j in range(flat.size // 2):
-                    offset = 8 * j * size + 8 * half * width * size
-                    if narrow:
-                        word = mosaic.utils.bitcast(flat[2 * j + half], i32())
-                        asm(f"@$0 st.global.b32 [$1+{offset}], $2;", "b,l,r", exists, address, word)
-                    else:
-                        pair = [
-                            vector.extract(flat[2 * j + half], dynamic_position=[], static_position=[e])
-                            for e in range(2)
-                        ]
-                        text = f"@$0 st.global.v2.f32 [$1+{offset}], {{$2, $3}};"
-                        asm(text, "b,l,f,f", exists, address, *pair)
-
-        store(x.astype(out.dtype), out, index, tile)
-
-    def store_row_values(self, x, *, out, index, tile, num_rows: int) -> None:
-        """x [64] -> out[index, 64 * tile + row] for rows that exist. float32."""
-
-        @plgpu.inline_mgpu(arg_types=(mgpu.WGMMA_ROW, REF, SPLAT, SPLAT))
-        def store(_, x, out, index, tile):
-            lane = Lane()
-            row = add(mul(scalar(tile), 64), add(mul(lane.warp, 16), arith.divui(lane.lane, const(4, i32()))))
-            place = add(mul(wide(scalar(index)), num_rows), wide(row))
-            address = add(gmem(out), mul(place, 4))
-            first = equal(arith.remui(lane.lane, const(4, i32())), 0)
-            for half, register in enumerate(x.registers.reshape(-1)):
-                value = register
-                if isinstance(register.type, ir.VectorType):
-                    value = vector.extract(register, dynamic_position=[], static_position=[0])
-                exists = arith.andi(first, less(add(row, 8 * half), num_rows))
-                asm(f"@$0 st.global.f32 [$1+{32 * half}], $2;", "b,l,f", exists, address, value)
-
-        store(x, out, index, tile)
-
 
 def _barrier(lane: Lane, rows: ir.Value, stage: ir.Value, k: int) -> ir.Value:
     """Address of the mbarrier of the warp's k-th group of a stage."""
@@ -312,11 +259,16 @@ def _raw_offsets(scope: Scope) -> list[tuple[int, bool]]:
 def _read_raw(lane, group, key, scope) -> list[list[ir.Value]]:
     """The lane's chunks of a group that `_copy_raw` has brought, zeros for keys that do not count."""
     raw_row = add(group, mul(lane.row, scope.staged_row_bytes))
-    places = [(_staged(lane, group, scope) if per_lane else raw_row, at) for at, per_lane in _raw_offsets(scope)]
-    missing = arith.xori(key, const(1, ir.IntegerType.get_signless(1)))
-    for address, at in places:
-        asm(f"@$0 st.shared.v4.b32 [$1+{at}], {{$2, $2, $2, $2}};", "b,r,r", missing, address, const(0, i32()))
-    chunks = [load16(address, at) for address, at in places]
+    staged = _staged(lane, group, scope)
+    missing, zero = arith.xori(key, const(1, ir.IntegerType.get_signless(1))), const(0, i32())
+    chunks = []
+    for at, per_lane in _raw_offsets(scope):
+        if per_lane:
+            asm(f"@$0 st.shared.v4.b32 [$1+{at}], {{$2, $2, $2, $2}};", "b,r,r", missing, staged, zero)
+    for at, per_lane in _raw_offsets(scope):
+        words = load16(staged if per_lane else raw_row, at)
+        # Four lanes share the scales: what one of them stored, another might read in between.
+        chunks.append(words if per_lane else [arith.select(key, word, zero) for word in words])
     sync_warp()  # every lane holds its raw bytes: they may be overwritten
     return chunks
 
@@ -369,26 +321,6 @@ class SparseInterpreted(mgpu.Interpreted):
         key = (slots >= 0) & (slots < scope.num_slots)
         rows[BIAS_ROW + stage] = jnp.where(key, 0.0, MASKED).astype(jnp.float32)
         self.publish_smem()
-
-    def store_rows(self, x, *, out, index, tile, column, num_rows) -> None:
-        def store(first, count):
-            out[index, pl.ds(first, count), pl.ds(column, x.shape[1])] = x[:count].astype(out.dtype)
-
-        _store_tile(store, tile, num_rows)
-
-    def store_row_values(self, x, *, out, index, tile, num_rows) -> None:
-        def store(first, count):
-            out[index, pl.ds(first, count)] = x[:count]
-
-        _store_tile(store, tile, num_rows)
-
-
-def _store_tile(store, tile, num_rows: int) -> None:
-    """store(first row, how many) for the rows of a tile that exist."""
-    whole, rest = divmod(num_rows, 64)
-    pl.when(tile < whole)(lambda: store(tile * 64, 64))
-    if rest:
-        pl.when(tile == whole)(lambda: store(whole * 64, rest))
 
 
 def _interpreted_rows(data, slots, scope: Scope) -> jax.Array:

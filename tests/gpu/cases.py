@@ -6,6 +6,8 @@ import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 INPUT_STD = 0.1
@@ -47,6 +49,18 @@ def pairwise(
             chosen.append(best)
             missing -= best_new
     return tuple(chosen)
+
+
+def large_pool(data: jax.Array, gib: float, fill) -> jax.Array:
+    """A pool of so many GiB that ends with these pages, everything before them being `fill`."""
+    pages = int(gib * 2**30) // (data.nbytes // len(data))
+
+    @jax.jit  # in one program, so that the pool is made once and not copied
+    def make(data):
+        pool = jnp.full((pages, *data.shape[1:]), fill, data.dtype)
+        return jax.lax.dynamic_update_slice(pool, data, (pages - len(data),) + (0,) * (data.ndim - 1))
+
+    return make(data)
 
 
 def assert_close(got, want):

@@ -62,7 +62,7 @@ def run(tool: str, command: list[str], *, timeout: int = 600) -> tuple[str, str]
 def cases() -> list[tuple[str, str, int]]:
     """(tool, kind, offset in KiB) of every planted fault."""
     found = [("memcheck", kind, kib) for kind in (*planted.BODIES, "tma") for kib in (NEAR_KIB, FAR_KIB)]
-    return [*found, *(("racecheck", kind, 0) for kind in planted.RACES)]
+    return [*found, *(("racecheck", kind, 0) for kind in (*planted.RACES, *planted.ORDERED))]
 
 
 def main() -> int:

@@ -116,13 +116,11 @@ def test_pool_beyond_int32_bytes(page_size):
     case = dataclasses.replace(BASE, page_size=page_size)
     args = dense_cases.build(case, np.array([1500, 3, 64, 1200, 0, 900], np.int32))
     small = args["cache"].data
-    pages = int(8.6 * 2**30) // (2 * page_size * case.d_qk)
-    data = jnp.full((pages, page_size, case.d_qk), jnp.nan, jnp.bfloat16)
-    data = jax.lax.dynamic_update_slice(data, small, (pages - len(small), 0, 0))
+    want = dense_cases.expected(**args, sm_scale=dense_cases.SM_SCALE, is_causal=True)
+    data = cases.large_pool(small, 8.6, jnp.nan)
     table = np.array(args["block_table"])
     in_pool = (table >= 0) & (table < len(small))
-    table = np.where(in_pool, table + pages - len(small), -1)
-    want = dense_cases.expected(**args, sm_scale=dense_cases.SM_SCALE, is_causal=True)
+    table = np.where(in_pool, table + len(data) - len(small), -1)
     args |= {"cache": mla_jax.PagedKVCache(data, case.fmt, page_size), "block_table": jnp.asarray(table, jnp.int32)}
     cases.assert_close(mosaic(**args, is_causal=True), want)
 

@@ -135,11 +135,9 @@ def test_pools_beyond_int32_bytes(fmt, gib):
     args = samples.sparse_call(np.random.default_rng(7), fmt, page_size=64, topk=200)
     want = reference.sparse_mla_decode(**args)
     small = args["cache"]
-    pages = gib * 2**30 // int(np.prod(small.data.shape[1:]))
-    data = jnp.full((pages, *small.data.shape[1:]), 0xFF, jnp.uint8)
-    data = jax.lax.dynamic_update_slice(data, small.data, (pages - small.num_pages,) + (0,) * (data.ndim - 1))
+    data = cases.large_pool(small.data, gib, 0xFF)
     indices = np.array(args["indices"])
     named = (indices >= 0) & (indices < small.num_slots)
-    indices = np.where(named, indices + (pages - small.num_pages) * 64, -1).astype(np.int32)
+    indices = np.where(named, indices + (len(data) - small.num_pages) * 64, -1).astype(np.int32)
     args |= {"cache": small.replace(data), "indices": jnp.asarray(indices)}
     samples.assert_equal_results(sparse(args), want, fmt)

@@ -24,7 +24,7 @@ def test_sanitizer():
 
 INSTRUCTIONS = {  # of the planted fault in the machine code, so that what is tested is what the name says
     "load": "LDG", "store": "STG", "cp.async": "LDGSTS", "bulk": "UBLKCP", "shared": "LDS", "tma": "UTMALDG",
-    "race": "STS", "race cp.async": "LDGSTS",
+    "race": "STS", "race cp.async": "LDGSTS", "named barriers": "BAR", "mbarrier": "SYNCS",
 }  # fmt: skip
 
 

@@ -99,13 +99,11 @@ def test_pool_beyond_int32_bytes(fmt):
     """8.6 GiB of cache, all NaN but for the last pages, which are the ones named."""
     args = sparse_cases.build(dataclasses.replace(BASE, fmt=fmt, extra=None))
     small = args["cache"]
-    pages = int(8.6 * 2**30) // int(np.prod(small.data.shape[1:]))
-    data = jnp.full((pages, *small.data.shape[1:]), 0xFF, jnp.uint8)
-    data = jax.lax.dynamic_update_slice(data, small.data, (pages - small.num_pages,) + (0,) * (data.ndim - 1))
     want = sparse_cases.expected(**args)
+    data = cases.large_pool(small.data, 8.6, 0xFF)
     indices = np.array(args["indices"])
     named = (indices >= 0) & (indices < small.num_slots)
-    indices = np.where(named, indices + (pages - small.num_pages) * small.page_size, -1).astype(np.int32)
+    indices = np.where(named, indices + (len(data) - small.num_pages) * small.page_size, -1).astype(np.int32)
     args |= {"cache": mla_jax.PagedKVCache(data, fmt, small.page_size), "indices": jnp.asarray(indices)}
     cases.assert_close(mosaic(args), want)
 
