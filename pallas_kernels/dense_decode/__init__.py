@@ -13,9 +13,10 @@ from pallas_kernels.dense_decode.config import DenseConfig as DenseConfig
 from pallas_kernels.dense_decode.config import DenseSm100Config as DenseSm100Config
 from pallas_kernels.dense_decode.config import choose_config as choose_config
 from pallas_kernels.dense_decode.config import choose_sm100_config as choose_sm100_config
+from pallas_kernels.formats import BF16_512, BF16_576
 
-D_QK = (576, 512)
-D_V = 512
+D_QK = (BF16_576.d_qk, BF16_512.d_qk)
+D_V = BF16_576.d_v
 MODULES = {9: "sm90", 10: "sm100"}
 """Major compute capability -> module."""
 CONFIGS: dict[str, type] = {"sm90": DenseConfig, "sm100": DenseSm100Config}

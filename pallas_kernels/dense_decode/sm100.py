@@ -48,9 +48,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import mgpu, schedule
-from pallas_kernels.combine import NEVER, combine
+from pallas_kernels.combine import NEVER
 from pallas_kernels.dense_decode.config import DenseSm100Config, choose_sm100_config
-from pallas_kernels.dense_decode.work import BLOCK, D_V, Shape, Work, for_each_piece, zero_rows
+from pallas_kernels.dense_decode.work import BLOCK, D_V, Shape, Work, for_each_piece, launch, no_keys, zero_rows
 from pallas_kernels.mgpu import rows_to_tile, tile
 
 STAGES = 2  # blocks in shared memory
@@ -409,10 +409,7 @@ def _producer(*, shape, design, part, tile_index, half, inputs, refs, bars, ops)
 # ------------------------------------------------------------------------------------------------ host
 
 
-def _kernel_body(*args, shape, design, config, ops, table_given, **scratch):
-    names = ["q", "kv", "parts", "pieces", "seqlens", "sm_scale"] + (["table"] if table_given else [])
-    inputs = {"table": None, **dict(zip(names, args, strict=False))}
-    outs = dict(zip(["out", "lse", "partial_out", "partial_lse2"], args[len(names) :], strict=True))
+def _kernel_body(inputs, outs, *, shape, design, config, ops, **scratch):
     bars = scratch.pop("bars")
     if config.overlap_combine:
         ops.launch_dependents()
@@ -447,54 +444,18 @@ def dense_decode(
     plan.check(
         op="dense", batch=shape.batch, s_q=shape.s_q, num_heads=shape.heads, page_size=shape.page_size
     )
-    if shape.batch == 0 or shape.num_pages == 0 or shape.capacity == 0:
-        out = jnp.zeros((*q.shape[:3], d_v), q.dtype)  # [b, s_q, h, d_v]
-        return out, jnp.full(q.shape[:3], -jnp.inf, jnp.float32)
+    if shape.is_empty:
+        return no_keys(q, d_v)
     design = Design(config.tile_rows, shape.d_qk)
     ops = mgpu.operations(interpret)
 
-    scratch = design.smem() | {"bars": design.barriers(BLOCK // shape.chunk if shape.uses_tma else 1)}
-    if (needed := mgpu.smem_bytes(scratch)) > mgpu.MAX_SMEM_BYTES:
-        raise ValueError(f"the dense kernel needs {needed} bytes of shared memory of {mgpu.MAX_SMEM_BYTES}")
-
     padded_rows = shape.tiles * design.rows
-    out_type = (
-        jax.ShapeDtypeStruct((shape.batch, shape.tma_rows, d_v), jnp.bfloat16),
-        jax.ShapeDtypeStruct((shape.batch, padded_rows), jnp.float32),
-        jax.ShapeDtypeStruct((plan.max_pieces, padded_rows, d_v), jnp.float32),
-        jax.ShapeDtypeStruct((plan.max_pieces, padded_rows), jnp.float32),
-    )
-    # TMA fills up the rows that a tile lacks; what goes to TMEM does not come by TMA.
-    q_rows = q.reshape(shape.batch, shape.rows, shape.d_qk)  # [b, s_q * h, d_qk]
-    missing = (padded_rows if design.q_in_tmem else shape.tma_rows) - shape.rows
-    if missing:
-        q_rows = jnp.pad(q_rows, ((0, 0), (0, missing), (0, 0)))  # [b, tma_rows or padded_rows, d_qk]
-    operands = [
-        q_rows,
-        kv,
-        plan.parts,
-        plan.pieces,
-        cache_seqlens,
-        jnp.asarray(sm_scale, jnp.float32).reshape(1),
-    ] + ([] if block_table is None else [block_table])
-    out, lse, partial_out, partial_lse2 = plgpu.kernel(
-        functools.partial(
-            _kernel_body, shape=shape, design=design, config=config, ops=ops, table_given=block_table is not None
-        ),
-        out_type=out_type,
-        grid=(plan.num_parts, shape.tiles, design.halves),
-        grid_names=("part", "tile", "half"),
-        num_threads=3,
-        thread_name="warpgroup",
-        scratch_types=scratch | design.tmem(),
-        kernel_name="mla_dense_decode",
-        interpret=interpret,
-        compiler_params=plgpu.CompilerParams(
-            approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0
-        ),
-    )(*operands)
-    if plan.max_pieces > shape.batch:
-        out, lse = combine(
-            out, lse, partial_out, partial_lse2, plan.splits, rows_per_cta=config.combine_rows, interpret=interpret
-        )
-    return out[:, : shape.rows].reshape(*q.shape[:3], d_v), lse[:, : shape.rows].reshape(q.shape[:3])
+    return launch(
+        functools.partial(_kernel_body, shape=shape, design=design, config=config, ops=ops),
+        q, kv, block_table, cache_seqlens, plan, sm_scale,
+        # TMA fills up the rows that a tile lacks; what goes to TMEM does not come by TMA.
+        shape=shape, d_v=d_v, q_rows=padded_rows if design.q_in_tmem else shape.tma_rows, result_rows=padded_rows,
+        grid={"half": design.halves},
+        smem=design.smem() | {"bars": design.barriers(BLOCK // shape.chunk if shape.uses_tma else 1)},
+        tmem=design.tmem(), config=config, interpret=interpret,
+    )  # fmt: skip

@@ -28,9 +28,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import mgpu, schedule
-from pallas_kernels.combine import NEVER, combine
+from pallas_kernels.combine import NEVER
 from pallas_kernels.dense_decode.config import DenseConfig, choose_config
-from pallas_kernels.dense_decode.work import BLOCK, D_V, Shape, Work, for_each_piece, zero_rows
+from pallas_kernels.dense_decode.work import BLOCK, D_V, Shape, Work, for_each_piece, launch, no_keys, zero_rows
 from pallas_kernels.mgpu import WGMMA, WGMMA_ROW, Handoff, rows_to_tile, tile
 
 ROWS = schedule.TILE_ROWS  # query rows of a tile
@@ -357,10 +357,7 @@ def _producer(*, config, shape, part, tile_index, inputs, refs, full, bar, ops):
 # ------------------------------------------------------------------------------------------------ host
 
 
-def _kernel_body(*args, shape, config, ops, table_given, **scratch):
-    names = ["q", "kv", "parts", "pieces", "seqlens", "sm_scale"] + (["table"] if table_given else [])
-    inputs = {"table": None, **dict(zip(names, args, strict=False))}
-    outs = dict(zip(["out", "lse", "partial_out", "partial_lse2"], args[len(names) :], strict=True))
+def _kernel_body(inputs, outs, *, shape, config, ops, **scratch):
     handoff_refs, full = scratch.pop("handoffs"), scratch.pop("full")
     bar = ops.barriers(handoffs(shape.producer_threads), handoff_refs)
     if config.overlap_combine:
@@ -411,9 +408,8 @@ def dense_decode(
     plan.check(
         op="dense", batch=shape.batch, s_q=shape.s_q, num_heads=shape.heads, page_size=shape.page_size
     )
-    if shape.batch == 0 or shape.num_pages == 0 or shape.capacity == 0:
-        out = jnp.zeros((*q.shape[:3], d_v), q.dtype)  # [b, s_q, h, d_v]
-        return out, jnp.full(q.shape[:3], -jnp.inf, jnp.float32)
+    if shape.is_empty:
+        return no_keys(q, d_v)
     config = config or choose_config(shape.page_size, shape.contiguous)
     ops = mgpu.operations(interpret)
 
@@ -427,44 +423,9 @@ def dense_decode(
     }
     full["q"] = plgpu.Barrier(num_arrivals=2 if shape.has_rope else 1)
     scratch |= {"full": full, "handoffs": ops.barrier_scratch(handoffs(shape.producer_threads))}
-    if (needed := mgpu.smem_bytes(scratch)) > mgpu.MAX_SMEM_BYTES:
-        raise ValueError(f"the dense kernel needs {needed} bytes of shared memory of {mgpu.MAX_SMEM_BYTES}")
-
-    out_type = (
-        jax.ShapeDtypeStruct((shape.batch, shape.tma_rows, d_v), jnp.bfloat16),
-        jax.ShapeDtypeStruct((shape.batch, shape.rows), jnp.float32),
-        jax.ShapeDtypeStruct((plan.max_pieces, shape.rows, d_v), jnp.float32),
-        jax.ShapeDtypeStruct((plan.max_pieces, shape.rows), jnp.float32),
-    )
-    q_rows = q.reshape(shape.batch, shape.rows, shape.d_qk)  # [b, s_q * h, d_qk]
-    if shape.tma_rows != shape.rows:
-        q_rows = jnp.pad(q_rows, ((0, 0), (0, shape.tma_rows - shape.rows), (0, 0)))  # [b, tma_rows, d_qk]
-    operands = [
-        q_rows,
-        kv,
-        plan.parts,
-        plan.pieces,
-        cache_seqlens,
-        jnp.asarray(sm_scale, jnp.float32).reshape(1),
-    ] + ([] if block_table is None else [block_table])
-    out, lse, partial_out, partial_lse2 = plgpu.kernel(
-        functools.partial(
-            _kernel_body, shape=shape, config=config, ops=ops, table_given=block_table is not None
-        ),
-        out_type=out_type,
-        grid=(plan.num_parts, shape.tiles),
-        grid_names=("part", "tile"),
-        num_threads=3,
-        thread_name="warpgroup",
-        scratch_types=scratch,
-        kernel_name="mla_dense_decode",
-        interpret=interpret,
-        compiler_params=plgpu.CompilerParams(
-            approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0
-        ),
-    )(*operands)
-    if plan.max_pieces > shape.batch:
-        out, lse = combine(
-            out, lse, partial_out, partial_lse2, plan.splits, rows_per_cta=config.combine_rows, interpret=interpret
-        )
-    return out[:, : shape.rows].reshape(*q.shape[:3], d_v), lse.reshape(q.shape[:3])
+    return launch(
+        functools.partial(_kernel_body, shape=shape, config=config, ops=ops),
+        q, kv, block_table, cache_seqlens, plan, sm_scale,
+        shape=shape, d_v=d_v, q_rows=shape.tma_rows, result_rows=shape.rows, grid={}, smem=scratch,
+        config=config, interpret=interpret,
+    )  # fmt: skip

@@ -1,18 +1,24 @@
-"""What the dense kernels of all architectures share: a call's static facts, a piece of work, masks."""
+"""What the dense kernels of all architectures share: a call's static facts, a piece of work, masks, the host's side."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
+import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import mgpu, schedule
+from pallas_kernels.combine import combine
 from pallas_kernels.dense_decode.config import TMA_MIN_ROWS, chunk_rows
+from pallas_kernels.formats import BF16_576
 from pallas_kernels.mgpu import WGMMA
 
 BLOCK = schedule.BLOCK_TOKENS  # tokens of a block
-D_V = 512
+D_V = BF16_576.d_v
 
 
 class Shape:
@@ -36,6 +42,11 @@ class Shape:
         self.has_rope = self.d_qk > D_V
         # The last row of a causal call sees every token, the first this many fewer.
         self.causal_span = self.s_q - 1 if is_causal else 0
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no request can have a key."""
+        return self.batch == 0 or self.num_pages == 0 or self.capacity == 0
 
 
 class Work:
@@ -137,3 +148,77 @@ def for_each_piece(part, parts, run, carry=None):
         pl.loop(parts[part], parts[part + 1])(run)
         return None
     return lax.fori_loop(parts[part], parts[part + 1], run, carry)
+
+
+# ------------------------------------------------------------------------------------------------ host
+
+
+def no_keys(q, d_v: int) -> tuple[jax.Array, jax.Array]:
+    """The results of a call whose shape `is_empty`."""
+    out = jnp.zeros((*q.shape[:3], d_v), q.dtype)  # [b, s_q, h, d_v]
+    return out, jnp.full(q.shape[:3], -jnp.inf, jnp.float32)  # [b, s_q, h]
+
+
+def launch(
+    body: Callable, q, kv, block_table, cache_seqlens, plan: schedule.SplitPlan, sm_scale, *,
+    shape: Shape, d_v: int, q_rows: int, result_rows: int, grid: dict[str, int], smem: dict, tmem: dict | None = None,
+    config, interpret: Any,
+) -> tuple[jax.Array, jax.Array]:  # fmt: skip
+    """Runs a dense kernel of three warpgroups on the arguments of `sm90.dense_decode`, and merges its partial results.
+
+    Args:
+      body: the kernel, `body(inputs, outs, **scratch)`, with references by name:
+        inputs q `[b, q_rows, d_qk]`, kv, parts, pieces, seqlens, sm_scale `[1]`, and table, or None in its place;
+        outs out `[b, shape.tma_rows, d_v]`, lse `[b, result_rows]`, partial_out `[pieces, result_rows, d_v]`,
+        partial_lse2 `[pieces, result_rows]`.
+      shape: of the call.
+      q_rows, result_rows: rows of a request in the arrays above, at least `shape.rows`.
+      grid: CTAs along axes beyond "part" and "tile", by name.
+      smem, tmem: scratch types by name; `smem` must fit in the shared memory.
+      config: its `combine_rows` is used.
+
+    Raises:
+      ValueError: `smem` does not fit.
+    """
+    if (needed := mgpu.smem_bytes(smem)) > mgpu.MAX_SMEM_BYTES:
+        raise ValueError(f"the dense kernel needs {needed} bytes of shared memory of {mgpu.MAX_SMEM_BYTES}")
+    rows = q.reshape(shape.batch, shape.rows, shape.d_qk)  # [b, s_q * h, d_qk]
+    if q_rows > shape.rows:
+        rows = jnp.pad(rows, ((0, 0), (0, q_rows - shape.rows), (0, 0)))  # [b, q_rows, d_qk]
+    operands = {
+        "q": rows, "kv": kv, "parts": plan.parts, "pieces": plan.pieces, "seqlens": cache_seqlens,
+        "sm_scale": jnp.asarray(sm_scale, jnp.float32).reshape(1),
+    }  # fmt: skip
+    if block_table is not None:
+        operands["table"] = block_table
+    results = {
+        "out": jax.ShapeDtypeStruct((shape.batch, shape.tma_rows, d_v), jnp.bfloat16),
+        "lse": jax.ShapeDtypeStruct((shape.batch, result_rows), jnp.float32),
+        "partial_out": jax.ShapeDtypeStruct((plan.max_pieces, result_rows, d_v), jnp.float32),
+        "partial_lse2": jax.ShapeDtypeStruct((plan.max_pieces, result_rows), jnp.float32),
+    }
+
+    def with_names(*refs, **scratch):
+        inputs = {"table": None} | dict(zip(operands, refs, strict=False))
+        body(inputs, dict(zip(results, refs[len(operands) :], strict=True)), **scratch)
+
+    grid = {"part": plan.num_parts, "tile": shape.tiles} | grid
+    out, lse, partial_out, partial_lse2 = plgpu.kernel(
+        with_names,
+        out_type=tuple(results.values()),
+        grid=tuple(grid.values()),
+        grid_names=tuple(grid),
+        num_threads=3,
+        thread_name="warpgroup",
+        scratch_types=smem | (tmem or {}),
+        kernel_name="mla_dense_decode",
+        interpret=interpret,
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0
+        ),
+    )(*operands.values())
+    if plan.max_pieces > shape.batch:
+        out, lse = combine(
+            out, lse, partial_out, partial_lse2, plan.splits, rows_per_cta=config.combine_rows, interpret=interpret
+        )
+    return out[:, : shape.rows].reshape(*q.shape[:3], d_v), lse[:, : shape.rows].reshape(q.shape[:3])
