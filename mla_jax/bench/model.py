@@ -1,7 +1,7 @@
 """What a dense decode should take: a model of the kernels on paper, in code.
 
     time = max(busiest CTA's blocks * cycles a block / (clock * SCHEDULE), cache bytes / (memory rate * MEMORY))
-           + KERNEL_US, and if requests are split: + partial results' bytes / (memory rate * MEMORY) + KERNEL_US
+           + KERNEL_US a kernel, and if requests are split: + partial results' bytes / (memory rate * MEMORY)
 
 The cycles of a block of 64 keys are those of its busiest unit: the tensor core, shared memory (operands of products,
 TMA, probabilities) or the instruction schedulers. They follow from the kernel's shapes, the instruction counts from its
@@ -29,10 +29,10 @@ from pallas_kernels.dense_decode import choose_sm100_config
 
 BLOCK = schedule.BLOCK_TOKENS
 
-SCHEDULE = 0.886  # fitted: dense-b128-sq1-h128-sk16384, 931.1 us on an H200 (docs/results/h200-dense.jsonl)
+SCHEDULE = 0.8743  # fitted: dense-b128-sq1-h128-sk16384, 926.2 us on an H200 (tests/bench/h200_times.jsonl)
 MEMORY = 0.90  # FlashMLA, b=128, h=16, s_k 4096: 4.16 of 4.61 TB/s on an H200 (docs/log.md)
 # What a kernel takes that finds nothing to do: the combine kernel over 16384 rows of which none was split, on an H100
-# (pallas_kernels/combine.py). Counted once for each of the two kernels.
+# (pallas_kernels/combine.py). Counted once for each kernel.
 KERNEL_US = 2.7
 
 
@@ -59,9 +59,8 @@ class Gpu:
     memory_tb_s: float
 
 
-# H200: measured, in the run record of docs/results/h200-dense.jsonl: 787 TFLOP/s and 4.61 TB/s, where the data sheet
-# says 989 and 4.8.
-H200_TFLOP_S, H200_TB_S = 787.4, 4.615
+# H200: measured in the run that the tests compare with: 800 TFLOP/s and 4.62 TB/s; data sheet: 989 and 4.8.
+H200_TFLOP_S, H200_TB_S = 800.5, 4.616
 _LOADED, _COPIED = H200_TFLOP_S / 989.4, H200_TB_S / 4.8
 H200 = Gpu("H200", 9, 132, 4096, 128, H200_TFLOP_S * 1e3 / (132 * 4096), H200_TB_S)
 # B200: data sheet, 2250 TFLOP/s and 8 TB/s, times the ratios of the H200. Nothing measured.
@@ -160,7 +159,7 @@ def predict(workload: Dense, gpu: Gpu) -> Prediction:
     """How long a dense decode should take, and what it waits for."""
     block = block_of(workload, gpu)
     blocks, split_pieces = _busiest_part(
-        workload.b, workload.s_q, workload.h, workload.s_k, workload.page_size, gpu.num_sms, block.align
+        workload.b, workload.s_q, workload.h, workload.s_k, gpu.num_sms, block.align
     )
     clock_us = gpu.clock_ghz * 1e3  # cycles a microsecond
     units_us = {unit: blocks * cycles / (clock_us * SCHEDULE) for unit, cycles in block.units(gpu).items()}
@@ -171,19 +170,38 @@ def predict(workload: Dense, gpu: Gpu) -> Prediction:
         padded_rows = -(-workload.s_q * workload.h // block.tile_rows) * block.tile_rows
         partial_bytes = split_pieces * padded_rows * workload.fmt.d_v * 4  # read: they are written while others decode
         combine_us = KERNEL_US + partial_bytes / (gpu.memory_tb_s * 1e6 * MEMORY)
-    return Prediction(units_us[bottleneck] + KERNEL_US + combine_us, units_us, bottleneck, combine_us)
+    # The LSE of rows that fill no tile is cut out by a kernel of its own.
+    kernels = 1 if workload.s_q * workload.h % schedule.TILE_ROWS == 0 else 2
+    return Prediction(units_us[bottleneck] + KERNEL_US * kernels + combine_us, units_us, bottleneck, combine_us)
+
+
+def _busiest_part(b, s_q, h, s_k, num_sms, align) -> tuple[int, int]:
+    """Blocks of the part that has most, with the planner's overhead a piece, and pieces of items that are cut."""
+    num_blocks = -(-s_k // BLOCK)
+    parts, pieces, splits = plan((num_blocks,) * b, schedule.dense_parts(s_q, h, num_sms))
+    size = np.minimum(pieces[:, 2], num_blocks) - pieces[:, 1]  # [max_pieces]
+    cost = -(-size // align) * align + schedule.PIECE_OVERHEAD_BLOCKS  # [max_pieces]
+    return busiest(cost, parts), cut_pieces(splits)
 
 
 @functools.cache
-def _busiest_part(b, s_q, h, s_k, page_size, num_sms, align) -> tuple[int, int]:
-    """Blocks of the part that has most, with the planner's overhead a piece, and pieces of items that are cut."""
-    make = functools.partial(schedule.plan_decode, s_q=s_q, num_heads=h, page_size=page_size, num_sms=num_sms)
+def plan(num_blocks: tuple[int, ...], num_parts: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(parts, pieces, splits) of items with so many blocks each, see `schedule.SplitPlan`."""
     with jax.default_device(jax.devices("cpu")[0]):
-        plan = jax.jit(make)(jnp.full(b, s_k, jnp.int32))
-    parts, pieces, splits = np.asarray(plan.parts), np.asarray(plan.pieces), np.asarray(plan.splits)
-    num_blocks = -(-s_k // BLOCK)
-    size = np.minimum(pieces[:, 2], num_blocks) - pieces[:, 1]  # [max_pieces]
-    cost = -(-size // align) * align + schedule.PIECE_OVERHEAD_BLOCKS  # [max_pieces]
-    busiest = max(int(cost[first:last].sum()) for first, last in itertools.pairwise(parts))
-    count = np.diff(splits)  # [b]
-    return busiest, int(count[count > 1].sum())
+        split = jax.jit(schedule.split_work, static_argnums=1)
+        lowered = split.lower(jnp.asarray(num_blocks, jnp.int32), num_parts)
+        # It runs once: what an optimiser would save is less than its own time.
+        compiled = lowered.compile({"xla_backend_optimization_level": 0})
+        parts, pieces, splits = compiled(jnp.asarray(num_blocks, jnp.int32))
+    return np.asarray(parts), np.asarray(pieces), np.asarray(splits)
+
+
+def busiest(cost: np.ndarray, parts: np.ndarray) -> int:
+    """The highest sum of the pieces' cost [pieces] that a part has."""
+    return max(int(cost[first:last].sum()) for first, last in itertools.pairwise(parts))
+
+
+def cut_pieces(splits: np.ndarray) -> int:
+    """Pieces of items that have more than one, which the combine step reads."""
+    count = np.diff(splits)  # [items]
+    return int(count[count > 1].sum())

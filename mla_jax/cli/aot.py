@@ -26,7 +26,7 @@ def register(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--model",
         action="store_true",
-        help="compile nothing; print how long the dense workloads should take, and what they wait for (docs/sm100.md)",
+        help="compile nothing; print how long the workloads should take, and what they wait for (docs/sm100.md)",
     )
     parser.set_defaults(run=run)
 
@@ -80,30 +80,35 @@ def _row(report) -> tuple[str, ...]:
     )
 
 
-MODEL_COLUMNS = ("workload", "us", "TFLOP/s", "TB/s", "waits for", "tensor core", "shared memory", "instructions",
-                 "memory", "combine")  # fmt: skip
+UNITS = ("tensor core", "shared memory", "instructions", "stages", "memory")
+MODEL_COLUMNS = ("workload", "us", "TFLOP/s", "TB/s", "waits for", *UNITS, "combine")
 
 
 def _predict(arch: str, text: str) -> int:
-    """Prints the model's times of the dense workloads whose name contains `text`."""
-    from mla_jax.bench import model
-    from mla_jax.bench.workloads import WORKLOADS, Dense
+    """Prints the model's times of the dense and sparse workloads whose name contains `text`."""
+    from mla_jax.bench import model, sparse_model
+    from mla_jax.bench.workloads import WORKLOADS, Dense, Sparse
 
     if arch not in model.GPUS:
         raise CommandError(f"--arch is {arch!r}; the model knows the limits of {', '.join(model.GPUS)}")
     gpu = model.GPUS[arch]
     rows: list[tuple[str, ...]] = []
     for name, workload in WORKLOADS.items():
-        if not isinstance(workload, Dense) or text not in name:
+        if text not in name:
             continue
-        found = model.predict(workload, gpu)
+        if isinstance(workload, Dense):
+            found = model.predict(workload, gpu)
+        elif isinstance(workload, Sparse):
+            found = sparse_model.predict(workload, gpu)
+        else:
+            continue
         rates = (workload.flop / found.us / 1e6, workload.bytes_moved / found.us / 1e6)
-        units = (f"{found.units_us[unit]:.1f}" for unit in ("tensor core", "shared memory", "instructions", "memory"))
+        units = (f"{found.units_us[unit]:.1f}" if unit in found.units_us else "-" for unit in UNITS)
         rows.append(
             (name, f"{found.us:.1f}", f"{rates[0]:.0f}", f"{rates[1]:.2f}", found.bottleneck, *units,
              f"{found.combine_us:.1f}")
         )  # fmt: skip
     if not rows:
-        raise CommandError(f"no dense workload has {text!r} in its name")
+        raise CommandError(f"no dense or sparse workload has {text!r} in its name")
     print_table(f"predicted for {gpu.name}, not measured; units in us", MODEL_COLUMNS, rows, left=1)
     return 0

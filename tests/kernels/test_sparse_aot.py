@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 import mla_jax
+from mla_jax.bench.sparse_model import INSTRUCTIONS
 from pallas_kernels import mgpu, schedule, sparse_decode
 from pallas_kernels.sparse_decode import config, sm90
 from tests.kernels import aot
@@ -14,6 +15,8 @@ SERIALISED = ("C7510", "C7511", "C7512")  # ptxas: wgmma waits for each other; i
 REGISTERS_IGNORED = ("C7507", "C7508")  # ptxas: setmaxnreg does nothing
 
 WARM = ((mla_jax.V32, None, 128), (mla_jax.MODEL1, mla_jax.MODEL1, 64))
+# The loop over blocks that has an instruction, by what the model of performance calls it.
+LOOPS = {"values": "LDSM", "softmax": "MUFU", "dequantise": "STS.128", "copy": "UBLKCP"}
 CASES = (
     *WARM,
     (mla_jax.V32, mla_jax.BF16_576, 16),
@@ -79,6 +82,11 @@ def test_compiles_well(fmt, extra_fmt, num_heads):
         copies = any("UBLKCP" in line for line in loop)
         spilled = [line for line in loop if "LDL" in line or "STL" in line]
         assert len(spilled) <= (8 if copies else 0), spilled
+    if extra_fmt is None and fmt is mla_jax.V32:
+        counted = INSTRUCTIONS["sm90", "V32"]
+        for name, op in LOOPS.items():
+            sizes = [sum(not line.endswith(":") for line in loop) for loop in loops if any(op in line for line in loop)]
+            assert min(sizes) == pytest.approx(getattr(counted, name), rel=0.2), (name, sizes)
 
 
 @pytest.mark.parametrize("fmt", [mla_jax.V32, mla_jax.MODEL1, mla_jax.BF16_576, mla_jax.BF16_512])

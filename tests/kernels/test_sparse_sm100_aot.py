@@ -8,6 +8,7 @@ import sys
 import pytest
 
 import mla_jax
+from mla_jax.bench.sparse_model import INSTRUCTIONS
 from pallas_kernels import aot, mgpu
 from pallas_kernels.sparse_decode import SparseConfigSm100, gather, sm100
 from tests.kernels.aot import missing
@@ -77,8 +78,14 @@ def test_compiles_well(arch, names):
             assert loop.get("LDL", 0) + loop.get("STL", 0) <= MAX_STACK_ACCESSES, (name, loop)
             if any(loop.get(op) for op in ("UTCHMMA", "GATHER4", "FMUL")):  # products, copies, dequantisation
                 assert loop.get("STL", 0) == 0, (name, loop)
+        if (counted := INSTRUCTIONS.get(("sm100", fmt.name))) is not None:  # of the model of performance
+            for what, (op, stages) in LOOPS.items():
+                sizes = [loop["instructions"] // stages for loop in report["loops"] if loop["counts"].get(op)]
+                assert sizes[0] == pytest.approx(getattr(counted, what), rel=0.15), (name, what, sizes)
 
 
+# Which loop the model of performance means: the first with that instruction; how many stages it has code for.
+LOOPS = {"softmax": ("MUFU", 1), "values": ("UTCHMMA", 2), "dequantise": ("FMUL", 1), "copy": ("GATHER4", 2)}
 HOT = ("UTCHMMA", "GATHER4", "LDTM", "STS")
 
 

@@ -1,0 +1,175 @@
+"""What a sparse decode should take: the model of `model.py` for kernels that gather and dequantise.
+
+    time = max(busiest CTA's (blocks + STAGES * runs) * cycles a block / clock, cache bytes / (memory rate * MEMORY))
+           + launches, and if items are split: + partial results' bytes / (memory rate * MEMORY)
+
+    cycles a block = max(busiest unit's cycles / SCHEDULE, cycles a stage is taken / STAGES)
+
+A *run* is what a piece has of one scope: it begins with an empty pipeline, which takes as long as all stages to fill
+and to drain.
+
+The second term of the maximum is what the dense kernels do not have. A block's rows come, are dequantised, scored,
+passed through softmax and multiplied one after the other, all in one stage of shared memory; there is room for two. So
+a block cannot take less than half of the sum of those phases, however little each unit has to do. The phases follow
+from the shapes and from the machine code; what remains, the time from asking for 64 scattered rows to having them, and
+the handoffs, is `WAIT_US`: the one number that was fitted, on one case (tests/bench/test_sparse_model.py compares all
+others). For SM100 it is assumed to be what it is on SM90; nothing was measured there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from mla_jax.bench import model
+from mla_jax.bench.model import KERNEL_US, MEMORY, SCHEDULE, Gpu, Prediction
+from mla_jax.bench.workloads import Sparse
+from pallas_kernels import schedule
+from pallas_kernels.formats import KVFormat
+from pallas_kernels.sparse_decode import gather
+from pallas_kernels.sparse_decode.config import BLOCK_TOKENS, STAGES, TILE_HEADS, Scope
+
+WAIT_US = 3.266  # fitted: v32-b128-sq2-h128-topk2048, 398.5 us on an H200 (tests/bench/h200_times.jsonl)
+# An empty kernel of a CUDA graph takes 0.8 to 1.1 us on an H100; the combine kernel KERNEL_US for 16384 rows.
+LAUNCH_US, COMBINE_ROWS = 1.0, 16384
+
+
+@dataclasses.dataclass(frozen=True)
+class Instructions:
+    """Of a loop over blocks, for a block of 64 keys, in a warp of each warpgroup, from `mla-jax aot`."""
+
+    softmax: int
+    values: int  # SM100: the warp that issues products
+    dequantise: int
+    copy: int
+
+    @property
+    def slots(self) -> int:
+        """Of one scheduler, which has a warp of each warpgroup. (Warps that only issue products share one.)"""
+        return self.softmax + self.values + self.dequantise + self.copy
+
+
+# By kernel and format. tests/kernels/test_sparse_aot.py and test_sparse_sm100_aot.py compile and compare.
+INSTRUCTIONS = {
+    ("sm90", "V32"): Instructions(623, 207, 926, 82),
+    ("sm90", "MODEL1"): Instructions(609, 203, 896, 85),
+    # Loops of copies and products hold code for both stages, of which a block runs half.
+    ("sm100", "V32"): Instructions(363, 1143 // 2, 913, 851 // 2),
+    ("sm100", "MODEL1"): Instructions(393, 721 // 2, 862, 828 // 2),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """What one CTA spends on a block of 64 keys: cycles of each phase of a stage, and what each unit has to do.
+
+    Attributes:
+      heads: rows of query of a tile; `ctas` share it, each with the whole block.
+      phases: cycles by name, one after the other.
+      tensor_cycles, smem_bytes, issue_slots: as in `model.Block`.
+    """
+
+    heads: int
+    ctas: int
+    phases: dict[str, float]
+    tensor_cycles: float
+    smem_bytes: float
+    issue_slots: float
+
+    def units(self, gpu: Gpu) -> dict[str, float]:
+        """Cycles a block by unit."""
+        return {
+            "tensor core": self.tensor_cycles / SCHEDULE,
+            "shared memory": self.smem_bytes / gpu.smem_bytes / SCHEDULE,
+            "instructions": self.issue_slots / SCHEDULE,
+            "stages": (sum(self.phases.values()) + WAIT_US * gpu.clock_ghz * 1e3) / STAGES,
+        }
+
+
+def _block(heads, ctas, fmt, gpu, count, rate, scores_bytes, values_bytes, p_bytes, raw_row_bytes) -> Block:
+    """A product takes as long as the tensor core or its operands in shared memory do."""
+    scores_tensor, values_tensor = (2 * heads * BLOCK_TOKENS * d / rate for d in (fmt.d_qk, fmt.d_v // ctas))
+    scores = max(scores_tensor, scores_bytes / gpu.smem_bytes)
+    values = max(values_tensor, values_bytes / gpu.smem_bytes)
+    # Raw rows are written and read, keys written.
+    dequantised = BLOCK_TOKENS * (2 * raw_row_bytes + 2 * fmt.d_qk)
+    return Block(
+        heads=heads,
+        ctas=ctas,
+        phases={"dequantise": count.dequantise, "scores": scores, "softmax": count.softmax, "values": values},
+        tensor_cycles=scores_tensor + values_tensor,
+        smem_bytes=scores_bytes + values_bytes + p_bytes + dequantised,
+        issue_slots=count.slots,
+    )
+
+
+def sm90_block(fmt: KVFormat) -> Block:
+    """`sparse_decode/sm90.py`: 64 heads, two warpgroups with half of V's columns each."""
+    scores = (TILE_HEADS + BLOCK_TOKENS) * fmt.d_qk * 2
+    p = 2 * TILE_HEADS * BLOCK_TOKENS * 2  # written, and read by one of the two
+    return _block(
+        TILE_HEADS, 1, fmt, model.H200, INSTRUCTIONS["sm90", fmt.name], model.H200.tensor_flop, scores,
+        BLOCK_TOKENS * fmt.d_v * 2, p, Scope(fmt, 1, 1, 1).row_bytes,
+    )  # fmt: skip
+
+
+def sm100_block(fmt: KVFormat, heads: int = TILE_HEADS) -> Block:
+    """`sparse_decode/sm100.py`: 64 heads. With 128, the design that docs/sm100.md weighs: two CTAs, Q half in TMEM."""
+    raw_row_bytes = gather.raw_row_bytes(fmt) + 2 * fmt.d_rope
+    count = INSTRUCTIONS["sm100", fmt.name]
+    if heads == TILE_HEADS:
+        # A product of 64 rows is two, one for each half of its columns: both read the rows. V in groups of 128 columns.
+        scores = (2 * TILE_HEADS + BLOCK_TOKENS) * fmt.d_qk * 2
+        values = (fmt.d_v // 128 * 2 * TILE_HEADS + fmt.d_v) * BLOCK_TOKENS * 2
+        p = TILE_HEADS * BLOCK_TOKENS * 2
+        return _block(heads, 1, fmt, model.B200, count, model.B200.tensor_flop / 2, scores, values, p, raw_row_bytes)
+    # Twice the scores a thread.
+    count = dataclasses.replace(count, softmax=2 * count.softmax)
+    scores = (heads * fmt.d_v // 2 + BLOCK_TOKENS * fmt.d_qk) * 2
+    values = BLOCK_TOKENS * fmt.d_v // 2 * 2
+    return _block(heads, 2, fmt, model.B200, count, model.B200.tensor_flop, scores, values, 0, raw_row_bytes)
+
+
+def block_of(workload: Sparse, gpu: Gpu) -> Block:
+    """What the kernel that dispatch would pick spends on a block."""
+    return sm90_block(workload.fmt) if gpu.major == 9 else sm100_block(workload.fmt)
+
+
+def predict(workload: Sparse, gpu: Gpu, block: Block | None = None) -> Prediction:
+    """How long a sparse decode should take, and what it waits for.
+
+    Args:
+      workload: one of V32 or MODEL1.
+      gpu: its limits.
+      block: another design than that of the kernel that ships.
+    """
+    block = block or block_of(workload, gpu)
+    blocks, split_pieces = busiest_part(workload, gpu.num_sms)
+    clock_us = gpu.clock_ghz * 1e3  # cycles a microsecond
+    units_us = {unit: blocks * cycles / clock_us for unit, cycles in block.units(gpu).items()}
+    units_us["memory"] = workload.bytes_moved / (gpu.memory_tb_s * 1e6 * MEMORY)
+    bottleneck = max(units_us, key=lambda unit: units_us[unit])
+    rows = workload.b * workload.s_q * workload.h
+    partial_bytes = split_pieces * workload.h * workload.fmt.d_v * 4  # read: they are written while others decode
+    combine_us = LAUNCH_US + (KERNEL_US - LAUNCH_US) * rows / COMBINE_ROWS
+    combine_us += partial_bytes / (gpu.memory_tb_s * 1e6 * MEMORY)
+    # Lengths of requests become those of query rows in a kernel of its own.
+    spread = workload.extra is not None and workload.extra.varlen and workload.s_q > 1
+    us = units_us[bottleneck] + LAUNCH_US * (2 if spread else 1) + combine_us
+    return Prediction(us, units_us, bottleneck, combine_us)
+
+
+def busiest_part(workload: Sparse, num_sms: int) -> tuple[int, int]:
+    """Blocks of the part that has most, `STAGES` more for each run counted in, and pieces of items that are cut."""
+    scopes = [scope for scope in (workload.main, workload.extra) if scope is not None]
+    # [scopes, b * s_q]
+    num_blocks = np.array([np.repeat(-(-scope.lengths(workload.b) // BLOCK_TOKENS), workload.s_q) for scope in scopes])
+    parts, pieces, splits = model.plan(
+        tuple(num_blocks.sum(axis=0).tolist()), schedule.sparse_parts(workload.h, num_sms)
+    )
+    pieces = pieces[: splits[-1]]
+    main, total = num_blocks[0, pieces[:, 0]], num_blocks.sum(axis=0)[pieces[:, 0]]  # [pieces] each
+    begin, end = pieces[:, 1], np.minimum(pieces[:, 2], total)  # [pieces] each
+    runs = (begin < np.minimum(end, main)).astype(int) + (np.maximum(begin, main) < end)  # [pieces]
+    return model.busiest(end - begin + STAGES * runs, parts), model.cut_pieces(splits)
