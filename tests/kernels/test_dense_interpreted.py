@@ -63,37 +63,43 @@ def contiguous(call, max_len):
     return call | {"cache": mla_jax.PagedKVCache(data, call["cache"].format, max_len), "block_table": None}
 
 
-CASES = {
+# name -> (a function that makes the call, what `check` is told). These are for kernels of any architecture.
+SHARED = {
     # Causal, fewer rows than a tile, an empty request, several pieces in a part.
-    "causal": lambda: check(
-        random_call(s_q=2, h=3, page_size=64, max_pages=4, lengths=[0, 1, 200]), num_parts=2, is_causal=True
+    "causal": (
+        lambda: random_call(s_q=2, h=3, page_size=64, max_pages=4, lengths=[0, 1, 200]),
+        dict(num_parts=2, is_causal=True),
     ),
     # One request in pieces: the combine kernel merges.
-    "split": lambda: check(random_call(b=1, s_q=1, h=64, page_size=64, max_pages=11, lengths=[700]), num_parts=4),
-    # Two tiles, an odd number of rows, pages larger than a block, pages that do not exist.
-    "two tiles, bad pages": lambda: check(
-        with_bad_pages(random_call(b=2, s_q=1, h=65, page_size=128, max_pages=3, lengths=[100, 384])), num_parts=3
-    ),
-    "d_qk 512, small pages": lambda: check(
-        with_bad_pages(random_call(mla_jax.BF16_512, b=2, s_q=1, h=8, page_size=16, max_pages=9, lengths=[70, 144])),
-        num_parts=1,
+    "split": (lambda: random_call(b=1, s_q=1, h=64, page_size=64, max_pages=11, lengths=[700]), dict(num_parts=4)),
+    "d_qk 512, small pages": (
+        lambda: with_bad_pages(
+            random_call(mla_jax.BF16_512, b=2, s_q=1, h=8, page_size=16, max_pages=9, lengths=[70, 144])
+        ),
+        dict(num_parts=1),
     ),
     # Blocks that begin inside a page.
-    "page size 96": lambda: check(
-        with_bad_pages(random_call(b=2, s_q=3, h=8, page_size=96, max_pages=3, lengths=[100, 288])),
-        num_parts=2,
-        is_causal=True,
+    "page size 96": (
+        lambda: with_bad_pages(random_call(b=2, s_q=3, h=8, page_size=96, max_pages=3, lengths=[100, 288])),
+        dict(num_parts=2, is_causal=True),
     ),
     # Rows fetched one by one.
-    "page size 5": lambda: check(
-        with_bad_pages(random_call(b=1, s_q=2, h=3, page_size=5, max_pages=20, lengths=[100])),
-        num_parts=1,
-        is_causal=True,
+    "page size 5": (
+        lambda: with_bad_pages(random_call(b=1, s_q=2, h=3, page_size=5, max_pages=20, lengths=[100])),
+        dict(num_parts=1, is_causal=True),
     ),
-    "contiguous": lambda: check(contiguous(random_call(b=2, s_q=1, h=8, lengths=[40, 264]), 264), num_parts=2),
+    "contiguous": (lambda: contiguous(random_call(b=2, s_q=1, h=8, lengths=[40, 264]), 264), dict(num_parts=2)),
+}
+CASES = SHARED | {
+    # Two tiles, an odd number of rows, pages larger than a block, pages that do not exist.
+    "two tiles, bad pages": (
+        lambda: with_bad_pages(random_call(b=2, s_q=1, h=65, page_size=128, max_pages=3, lengths=[100, 384])),
+        dict(num_parts=3),
+    ),
     # The plan is older than the lengths.
-    "stale plan": lambda: check(
-        random_call(b=2, s_q=1, h=8, page_size=64, max_pages=6, lengths=[384, 70]), num_parts=3, planned=[100, 300]
+    "stale plan": (
+        lambda: random_call(b=2, s_q=1, h=8, page_size=64, max_pages=6, lengths=[384, 70]),
+        dict(num_parts=3, planned=[100, 300]),
     ),
 }
 QUICK = ("causal", "split")
@@ -101,7 +107,8 @@ QUICK = ("causal", "split")
 
 @pytest.mark.parametrize("case", [c if c in QUICK else pytest.param(c, marks=pytest.mark.slow) for c in CASES])
 def test_equals_reference(case):
-    CASES[case]()
+    make_call, options = CASES[case]
+    check(make_call(), **options)
 
 
 @pytest.mark.slow

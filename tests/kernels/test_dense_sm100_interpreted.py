@@ -14,61 +14,39 @@ import pytest
 import mla_jax
 from pallas_kernels import mgpu
 from pallas_kernels.dense_decode import DenseSm100Config, choose_sm100_config, sm100
-from tests.kernels.test_dense_interpreted import check, contiguous, decode, random_call, with_bad_pages
+from tests.kernels.test_dense_interpreted import SHARED, check, decode, random_call, with_bad_pages
 
-
-def run(call, **kwargs):
-    check(call, module=sm100, **kwargs)
-
-
-CASES = {
-    # 64 rows: fewer rows than a tile, causal, an empty request, several pieces in a part, more than one of a request.
-    "64 rows, causal": lambda: run(
-        random_call(s_q=2, h=3, page_size=64, max_pages=4, lengths=[0, 1, 200]), num_parts=2, is_causal=True
+CASES = {f"64 rows, {name}": case for name, case in SHARED.items()} | {
+    # Pieces of one request on several parts, the combine kernel, a part of several pieces.
+    "128 rows, split": (
+        lambda: random_call(b=2, s_q=1, h=128, page_size=64, max_pages=6, lengths=[330, 70]),
+        dict(num_parts=2),
     ),
-    # 128 rows: pieces of one request on several parts, the combine kernel, a part of several pieces.
-    "128 rows, split": lambda: run(
-        random_call(b=2, s_q=1, h=128, page_size=64, max_pages=6, lengths=[330, 70]), num_parts=2
+    "three tiles of 64, bad pages": (
+        lambda: with_bad_pages(random_call(b=2, s_q=3, h=43, page_size=128, max_pages=3, lengths=[100, 384])),
+        dict(num_parts=2),
     ),
-    "64 rows, split": lambda: run(
-        random_call(b=1, s_q=1, h=64, page_size=64, max_pages=11, lengths=[700]), num_parts=4
+    "128 rows, causal, rows missing, an empty request": (
+        lambda: random_call(b=3, s_q=2, h=33, page_size=64, max_pages=4, lengths=[0, 1, 200]),
+        dict(num_parts=2, is_causal=True),
     ),
-    "three tiles of 64, bad pages": lambda: run(
-        with_bad_pages(random_call(b=2, s_q=3, h=43, page_size=128, max_pages=3, lengths=[100, 384])), num_parts=2
+    "two tiles of 128": (
+        lambda: with_bad_pages(random_call(b=1, s_q=2, h=128, page_size=128, max_pages=2, lengths=[200])),
+        dict(num_parts=1, is_causal=True),
     ),
-    "128 rows, causal, rows missing, an empty request": lambda: run(
-        random_call(b=3, s_q=2, h=33, page_size=64, max_pages=4, lengths=[0, 1, 200]), num_parts=2, is_causal=True
+    "d_qk 512, 128 rows, small pages": (
+        lambda: with_bad_pages(
+            random_call(mla_jax.BF16_512, b=2, s_q=1, h=72, page_size=32, max_pages=5, lengths=[70, 144])
+        ),
+        dict(num_parts=1),
     ),
-    "two tiles of 128": lambda: run(
-        with_bad_pages(random_call(b=1, s_q=2, h=128, page_size=128, max_pages=2, lengths=[200])),
-        num_parts=1,
-        is_causal=True,
+    "128 rows, page size 5": (
+        lambda: with_bad_pages(random_call(b=1, s_q=1, h=65, page_size=5, max_pages=20, lengths=[100])),
+        dict(num_parts=1),
     ),
-    "d_qk 512, 64 rows, small pages": lambda: run(
-        with_bad_pages(random_call(mla_jax.BF16_512, b=2, s_q=1, h=8, page_size=16, max_pages=9, lengths=[70, 144])),
-        num_parts=1,
-    ),
-    "d_qk 512, 128 rows, small pages": lambda: run(
-        with_bad_pages(random_call(mla_jax.BF16_512, b=2, s_q=1, h=72, page_size=32, max_pages=5, lengths=[70, 144])),
-        num_parts=1,
-    ),
-    "64 rows, page size 96": lambda: run(
-        with_bad_pages(random_call(b=2, s_q=3, h=8, page_size=96, max_pages=3, lengths=[100, 288])),
-        num_parts=2,
-        is_causal=True,
-    ),
-    # Rows fetched one by one.
-    "64 rows, page size 5": lambda: run(
-        with_bad_pages(random_call(b=1, s_q=2, h=3, page_size=5, max_pages=20, lengths=[100])),
-        num_parts=1,
-        is_causal=True,
-    ),
-    "128 rows, page size 5": lambda: run(
-        with_bad_pages(random_call(b=1, s_q=1, h=65, page_size=5, max_pages=20, lengths=[100])), num_parts=1
-    ),
-    "contiguous": lambda: run(contiguous(random_call(b=2, s_q=1, h=8, lengths=[40, 264]), 264), num_parts=2),
-    "stale plan": lambda: run(
-        random_call(b=2, s_q=1, h=66, page_size=64, max_pages=6, lengths=[384, 70]), num_parts=3, planned=[100, 300]
+    "stale plan": (
+        lambda: random_call(b=2, s_q=1, h=66, page_size=64, max_pages=6, lengths=[384, 70]),
+        dict(num_parts=3, planned=[100, 300]),
     ),
 }
 QUICK = ("64 rows, causal", "128 rows, split")
@@ -76,7 +54,8 @@ QUICK = ("64 rows, causal", "128 rows, split")
 
 @pytest.mark.parametrize("case", [c if c in QUICK else pytest.param(c, marks=pytest.mark.slow) for c in CASES])
 def test_equals_reference(case):
-    CASES[case]()
+    make_call, options = CASES[case]
+    check(make_call(), module=sm100, **options)
 
 
 @pytest.mark.slow
@@ -88,7 +67,7 @@ def test_maximum_grows(h):
     table = np.asarray(call["block_table"])
     for block, growth in enumerate((1, 40, 5, 80, 2)):
         data[table[0, block], :, 512:] *= growth
-    run(call | {"cache": call["cache"].replace(jnp.asarray(data))}, num_parts=1)
+    check(call | {"cache": call["cache"].replace(jnp.asarray(data))}, num_parts=1, module=sm100)
 
 
 # -- planted mistakes ------------------------------------------------------------------------------------------------
