@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 
 import jax
 import numpy as np
 
 from mla_jax.cli import CommandError
+from mla_jax.cli.progress import Progress
 
 AXES = ("data", "heads", "context")
 
@@ -79,14 +79,14 @@ def run(args: argparse.Namespace) -> int:
     print(f"prompt  {args.system_prompt} tokens, cached once")
     engine.step()  # compiles
     start, tokens, steps = time.perf_counter(), 0, 0
-    with _Progress(args.requests) as progress:
+    with Progress(args.requests) as progress:
         while not engine.is_idle:
             tokens += engine.step()
             steps += 1
             rate = tokens / (time.perf_counter() - start)
             running = sum(row is not None for row in engine.rows)
             state = f"{running} running, {engine.pages.num_free} pages free, {rate:.0f} tokens/s"
-            progress.show(len(engine.finished), state)
+            progress.show(len(engine.finished), f"{len(engine.finished)}/{args.requests} done, {state}")
     seconds = time.perf_counter() - start
     engine.pages.check()
     preempted = f"{engine.num_preempted} preemptions"
@@ -111,34 +111,3 @@ def _make_mesh(sizes: dict[str, int]) -> jax.sharding.Mesh:
         raise CommandError(f"--mesh needs {need} devices and this machine has {len(devices)}; accepted: a smaller mesh")
     kinds = (jax.sharding.AxisType.Auto,) * len(AXES)
     return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=kinds, devices=devices[:need])
-
-
-class _Progress:
-    """rich's progress bar on a terminal that has it, else a line now and then."""
-
-    def __init__(self, total: int):
-        self._total, self._bar, self._shown = total, None, -1
-        try:
-            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-        except ImportError:
-            return
-        if sys.stdout.isatty():
-            columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
-            self._bar = Progress(*columns)
-
-    def __enter__(self) -> _Progress:
-        if self._bar is not None:
-            self._bar.start()
-            self._task = self._bar.add_task("", total=self._total)
-        return self
-
-    def __exit__(self, *_) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-
-    def show(self, done: int, text: str) -> None:
-        if self._bar is not None:
-            self._bar.update(self._task, completed=done, description=text)
-        elif done * 4 // self._total > self._shown:  # at the start and after every quarter
-            self._shown = done * 4 // self._total
-            print(f"        {done}/{self._total} done, {text}")
