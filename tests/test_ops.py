@@ -1,5 +1,7 @@
 """Both ops against the reference, and what JAX does to them: jit, vmap, shard_map, export, guards."""
 
+import dataclasses
+import functools
 import itertools
 
 import chex
@@ -193,10 +195,15 @@ def test_nan_scale_on_a_valid_key():
 # -- plans -------------------------------------------------------------------------------------------------------------
 
 
-def test_a_plan_for_other_lengths_changes_nothing_here(rng):
+@pytest.mark.parametrize("lengths", [[1, 1, 9999], [2**31 - 1, -(2**31), 7]])
+def test_a_plan_for_other_lengths_changes_nothing_here(rng, lengths):
+    """Right, or NaN for the request; never a plausible wrong result. Here the plan is not read: the result is right."""
     call = samples.dense_call(rng, mla_jax.V32)
-    stale = mla_jax.plan_decode(jnp.asarray([1, 1, 9999], jnp.int32), s_q=2, num_heads=4, page_size=5)
+    plan = jax.jit(functools.partial(mla_jax.plan_decode, s_q=2, num_heads=4, page_size=5))
+    stale = plan(jnp.asarray(lengths, jnp.int32))
     chex.assert_trees_all_equal(dense(**call), dense(**call, plan=stale))
+    with pytest.raises(ValueError, match="plan does not fit this call: it was made for batch 2"):
+        mla_jax.mla_decode(**call, plan=dataclasses.replace(stale, batch=2))
     call = samples.sparse_call(rng, mla_jax.MODEL1, mla_jax.MODEL1)
     plan = mla_jax.plan_sparse_decode(37, batch=3, s_q=2, num_heads=4, extra_topk=19)
     chex.assert_trees_all_equal(sparse(**call), sparse(**call, plan=plan))
