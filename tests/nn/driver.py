@@ -11,9 +11,9 @@ import numpy as np
 
 from mla_jax.nn import model1, v32
 from mla_jax.nn.config import V32Config
+from tests.compiling import QUICK
 
 PAGE = 16
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}  # compiler options
 
 
 @functools.cache

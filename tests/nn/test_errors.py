@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from driver import QUICK
 
 from mla_jax import PagedKVCache
 from mla_jax.nn import (
@@ -22,6 +21,7 @@ from mla_jax.nn import (
     v32,
 )
 from pallas_kernels.formats import BF16_576, F32_512, INDEX_FP8, MODEL1, V32
+from tests.compiling import QUICK
 
 I32 = functools.partial(jnp.asarray, dtype=jnp.int32)
 V = V32Config.small(cache="f32")

@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from driver import QUICK
 
 from mla_jax.nn import Model1Config, Model1Tables, V32Config, init_params, model1, v32
 from mla_jax.nn.config import Model1Layer
 from pallas_kernels import aot
+from tests.compiling import QUICK
 
 LAYERS, STEPS, BATCH = 4, 64, 4
 SDS = jax.ShapeDtypeStruct

@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from driver import QUICK
 from flax import nnx
 
 from mla_jax.nn import Model1Attention, Model1Config, Model1Tables, V32Attention, V32Config, init_params, model1, v32
+from tests.compiling import QUICK
 
 X = jnp.asarray(np.random.default_rng(0).standard_normal((2, 6, 64)), jnp.float32)
 LENGTHS = jnp.array([5, 6], jnp.int32)

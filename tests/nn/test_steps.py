@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from driver import QUICK, Runner, relative
+from driver import Runner, relative
 
 from mla_jax.nn import Model1Config, Model1Tables, PagePool, V32Config, init_params, model1, v32
+from tests.compiling import QUICK
 
 KINDS = ("v32", "ratio0", "ratio4", "ratio128")
 F32_LIMIT, FP8_LIMIT = 2e-5, 2e-3

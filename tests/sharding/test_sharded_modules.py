@@ -13,9 +13,9 @@ from meshes import make
 from mla_jax import nn
 from mla_jax.nn import model1, v32
 from mla_jax.sharding import ModuleSharding
+from tests.compiling import QUICK
 
 B, S, PAGE, STEPS = 4, 40, 16, 1
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}  # compiler options
 MESHES = [
     dict(data=2, heads=2),
     *(pytest.param(axes, marks=pytest.mark.slow) for axes in [dict(data=4), dict(heads=2)]),

@@ -13,11 +13,11 @@ from meshes import make
 from samples import random_cache, relative_error, rows
 
 import mla_jax
+from tests.compiling import QUICK
 
 PRODUCTS = [(d, h, 8 // d // h) for d in (1, 2, 4, 8) for h in (1, 2, 4, 8) if d * h <= 8]
 KINDS = [AxisType.Auto, AxisType.Explicit]
 TOLERANCE = 2e-3  # relative, of `out` against one device
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 PAGE = 4
 
 
