@@ -33,8 +33,9 @@ class PagedKVCache:
     so the leaf may be a sharding, a spec, a `ShapeDtypeStruct`, None, or carry leading axes; the ops validate.
 
     Attributes:
-      data: V32 uint8 [pages, page_size, 656]; MODEL1 uint8 [pages, page_bytes]; BF16_*, F32_* [pages, page_size, d_qk].
-        Used without a block table, page i is the whole of request i's cache and page_size its greatest length.
+      data: V32 uint8 [pages, page_size, bytes_per_token]; MODEL1 uint8 [pages, page_bytes]; BF16_*, F32_* [pages,
+        page_size, d_qk]. Used without a block table, page i is the whole of request i's cache and page_size its
+        greatest length.
       format: the `KVFormat`.
       page_size: tokens a page.
 

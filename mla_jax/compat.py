@@ -94,8 +94,9 @@ def flash_mla_with_kvcache(
 
     Args:
       q: bfloat16 [b, s_q, h, d_qk].
-      k_cache: bfloat16 [pages, page_size, 1, d_qk]; V32 bytes [pages, page_size, 1, 656]; MODEL1 uint8 [pages, stride],
-        page_size = stride // 584 (the strided [pages, page_size, 1, 584] view of FlashMLA cannot exist in JAX).
+      k_cache: bfloat16 [pages, page_size, 1, d_qk]; V32 bytes [pages, page_size, 1, n], n = V32.bytes_per_token; MODEL1
+        uint8 [pages, stride], page_size = stride // MODEL1.bytes_per_token (FlashMLA's strided view of it,
+        [pages, page_size, 1, bytes_per_token], cannot exist in JAX).
       block_table: int32 [b, max_pages]; ignored with `indices`.
       cache_seqlens: int32 [b]; ignored with `indices`.
       head_dim_v: must be the format's d_v.

@@ -4,12 +4,12 @@ A *record* is what one token keeps in one area of a page (`pallas_kernels.format
 the values themselves for the others. Everything here works on the last axis and leaves leading axes alone, so packing
 whole pages, appending single tokens and gathering rows share one code.
 
-Scale rules (the writers of the field disagree; a reader must accept any scale):
-  pow2  the smallest power of two that keeps a tile within the e4m3 range, at least that of an amax/448 of 1e-4:
-        2^ceil(log2(max(amax / 448, 1e-4))), FlashMLA's rule. Exact: it is read off the bits of amax.
-  pow2_low  the same with the lower bound on amax instead: 2^ceil(log2(max(amax, 1e-4) / 448)) (DeepSeek's indexer, and
+Scale rules (the writers of the field disagree; a reader must accept any scale), with m the format's `largest_value`:
+  pow2  the smallest power of two that keeps a tile within the e4m3 range, at least that of an amax / m of 1e-4:
+        2^ceil(log2(max(amax / m, 1e-4))), FlashMLA's rule. Exact: it is read off the bits of amax.
+  pow2_low  the same with the lower bound on amax instead: 2^ceil(log2(max(amax, 1e-4) / m)) (DeepSeek's indexer, and
         vLLM's rule for MODEL1).
-  amax  amax / 448 itself, at least the smallest normal float32 (vLLM's rule for V32). Needs a float32 scale.
+  amax  amax / m itself, at least the smallest normal float32 (vLLM's rule for V32). Needs a float32 scale.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Literal
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 from jax import lax
 
@@ -79,7 +78,7 @@ def _power_of_two(biased_exponent: jax.Array) -> jax.Array:
 def _quantize(nope: Float[Array, "*n d"], fmt: KVFormat, scale_rule: ScaleRule) -> tuple[jax.Array, jax.Array]:
     """Values in the format's dtype [*n, d] and scales in the scale's dtype [*n, num_scales]."""
     value, scale = fmt.locate("nope")[2], fmt.locate("scale")[2]
-    largest = float(ml_dtypes.finfo(value.dtype).max)
+    largest = fmt.largest_value
     x = nope.astype(jnp.float32).reshape(*nope.shape[:-1], fmt.num_scales, fmt.scale_tile)  # [*n, tiles, tile]
     amax = jnp.max(jnp.abs(x), axis=-1)  # [*n, tiles]
     if scale_rule != "amax":

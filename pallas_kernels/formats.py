@@ -120,6 +120,11 @@ class KVFormat:
         return sum(f.count for f in self._fields("scale"))
 
     @property
+    def largest_value(self) -> float:
+        """The largest finite value of the latent part's type."""
+        return float(ml_dtypes.finfo(self.locate("nope")[2].dtype).max)
+
+    @property
     def is_quantized(self) -> bool:
         return self.num_scales > 0
 

@@ -310,12 +310,12 @@ def _cache_arrays(rng, spec: Spec, n: dict[str, Any]) -> dict[str, np.ndarray]:
 
 
 def rows_to_pack(rng, shape: tuple[int, ...], fmt: KVFormat) -> np.ndarray:
-    """Rows at the quantiser's edges: zero tiles, amax at, just under or just over 448 * 2^k, extremes."""
+    """Rows at the quantiser's edges: zero tiles, amax at, just under or just over the largest value * 2^k, extremes."""
     kv = normal(rng, *shape, fmt.d_qk, dtype=np.float32)
     kv *= 10.0 ** rng.choice([0, 0, 0, -3, -6, -20, 4, 20, 37], (*shape, 1)).astype(np.float32)
     if fmt.is_quantized and rng.random() < 0.7:
         tiles = kv[..., : fmt.d_nope].reshape(*shape, fmt.num_scales, fmt.scale_tile)
-        edge = np.float32(448) * 2.0 ** rng.integers(-20, 30, (*shape, fmt.num_scales)).astype(np.float32)
+        edge = np.float32(fmt.largest_value) * 2.0 ** rng.integers(-20, 30, (*shape, fmt.num_scales)).astype(np.float32)
         edge *= rng.choice([1, 1 - 2**-8, 1 + 2**-7], edge.shape).astype(np.float32)
         tiles = np.clip(tiles, -1, 1) * edge[..., None]
         tiles[..., 0] = edge

@@ -18,7 +18,7 @@ from mla_jax.fuzz import oracle
 from mla_jax.fuzz.cases import Case, Spec
 from pallas_kernels.formats import F32, MODEL1
 
-_TINY = 2.0**-117  # float32 subnormals, and the products of up to 448 with one, may be flushed to zero
+_TINY = 2.0**-117  # float32 subnormals, and the products of e4m3 values with one, may be flushed to zero
 
 
 @dataclasses.dataclass(frozen=True)
