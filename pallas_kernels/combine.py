@@ -44,10 +44,10 @@ def combine(
     """Fills in the rows of items with several pieces; all other rows stay as they are.
 
     Args:
-      out: bf16 `[items, rows, d_v]`.
-      lse: float32 `[items, at least rows]`, natural logarithm.
-      partial_out: float32 `[max_pieces, padded_rows, d_v]`, each normalised by its own sum; 0 for a piece without keys.
-      partial_lse2: float32 `[max_pieces, padded_rows]`, base-2 logarithm; -inf for a piece without keys.
+      out: bf16 `[items, rows, d_v]`. Rows may be padded in any of the arrays: those count that all four have.
+      lse: float32 `[items, rows]`, natural logarithm.
+      partial_out: float32 `[max_pieces, rows, d_v]`, each normalised by its own sum; 0 for a piece without keys.
+      partial_lse2: float32 `[max_pieces, rows]`, base-2 logarithm; -inf for a piece without keys.
       splits: int32 `[items + 1]`, as in `SplitPlan`.
       attn_sink: float32 `[heads]`, natural units; row r belongs to head r % heads.
       rows_per_cta: rows that one CTA merges; None chooses.
@@ -56,7 +56,7 @@ def combine(
     Returns:
       `(out, lse)`. LSE does not include the sink. A row without any key: out 0, lse -inf.
     """
-    items, rows, _ = out.shape
+    items, rows = len(out), min(x.shape[1] for x in (out, lse, partial_out, partial_lse2))
     if rows_per_cta is None:
         rows_per_cta = ROWS_WHEN_MANY if items * rows >= MANY_ROWS else 1
     out_ref, lse_ref = jax.new_ref(out), jax.new_ref(lse)
@@ -81,12 +81,12 @@ def combine(
 
 
 def _merge_rows(
-    partial_out,  # f32 [max_pieces, padded_rows, d_v]
-    partial_lse2,  # f32 [max_pieces, padded_rows]
+    partial_out,  # f32 [max_pieces, rows or more, d_v]
+    partial_lse2,  # f32 [max_pieces, rows or more]
     splits,  # i32 [items + 1]
     attn_sink=None,  # f32 [heads]
     *,
-    out_ref,  # bf16 [items, rows, d_v]
+    out_ref,  # bf16 [items, rows or more, d_v]
     lse_ref,  # f32 [items, rows or more]
     num_rows,
     rows_per_cta,

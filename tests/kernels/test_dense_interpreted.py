@@ -70,8 +70,11 @@ SHARED = {
         lambda: random_call(s_q=2, h=3, page_size=64, max_pages=4, lengths=[0, 1, 200]),
         dict(num_parts=2, is_causal=True),
     ),
-    # One request in pieces: the combine kernel merges.
-    "split": (lambda: random_call(b=1, s_q=1, h=64, page_size=64, max_pages=11, lengths=[700]), dict(num_parts=4)),
+    # Requests in pieces, which the combine kernel merges; rows that fill no group of 8.
+    "split": (
+        lambda: random_call(b=2, s_q=1, h=9, page_size=64, max_pages=7, lengths=[400, 330]),
+        dict(num_parts=4),
+    ),
     "d_qk 512, small pages": (
         lambda: with_bad_pages(
             random_call(mla_jax.BF16_512, b=2, s_q=1, h=8, page_size=16, max_pages=9, lengths=[70, 144])
