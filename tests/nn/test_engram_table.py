@@ -100,6 +100,18 @@ def test_a_whole_step_over_a_mesh(kind):
     assert {y.sharding.spec[0] for y in (rows, out, history)} == {"data"}
 
 
+@pytest.mark.parametrize("partition", [None, PARTITIONS["8 by columns"]], ids=["whole", "partitioned"])
+def test_rows_in_pinned_memory_are_gathered_by_the_host(partition):
+    """On CPUs all memory is one: so by the program for a GPU. Rows that the GPU gathered would cross one by one."""
+    table = place(wide_table()[0], "pinned_host", partition=partition)
+    rows = jnp.zeros((6, 5), jnp.int32)
+    text = jax.jit(lookup).trace(table, rows).lower(lowering_platforms=("cuda",)).as_text()
+    gathers = [line for line in text.splitlines() if "stablehlo.gather" in line]
+    assert len(gathers) == 2 and all('_xla_compute_type = "host"' in line for line in gathers)
+    on_device = jax.jit(lookup).trace(place(wide_table()[0]), rows).lower(lowering_platforms=("cuda",)).as_text()
+    assert "_xla_compute_type" not in on_device
+
+
 def test_rows_outside_give_zeros():
     table, _ = wide_table(10)
     rows = jnp.array([[-1, 0, 10, 2**31 - 1, -(2**31)]], jnp.int32)

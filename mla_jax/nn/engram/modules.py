@@ -64,6 +64,7 @@ class Engram(nnx.Module):
             if not isinstance(table.values, jax.Array):
                 raise ValueError("table is in numpy arrays; accepted: one in JAX arrays, from `place`")
         self.partition = None if table is None else table.partition
+        self.where: Placement = "device" if table is None else table.where
         self.values = None if table is None else TableRows(table.values)
         self.scales = None if table is None or table.scales is None else TableRows(table.scales)
 
@@ -94,7 +95,7 @@ class Engram(nnx.Module):
         if self.values is None:
             raise ValueError("this Engram has no table; give it one (`table=`), or hand it embeddings")
         scales = None if self.scales is None else self.scales[...]
-        return EngramTable(self.values[...], scales, self.config.num_rows[self.layer], self.partition)
+        return EngramTable(self.values[...], scales, self.config.num_rows[self.layer], self.partition, self.where)
 
     def lookup(self, rows: jax.Array) -> jax.Array:
         """Embeddings `[*n, embedding_dim]` of this layer's rows int32 `[*n, columns]`; see `lookup`."""

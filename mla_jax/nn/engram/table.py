@@ -66,7 +66,7 @@ class Partition:
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["values", "scales"], meta_fields=["num_rows", "partition"]
+    jax.tree_util.register_dataclass, data_fields=["values", "scales"], meta_fields=["num_rows", "partition", "where"]
 )
 @dataclasses.dataclass(frozen=True)
 class EngramTable:
@@ -77,12 +77,14 @@ class EngramTable:
       scales: uint8 `[stored, head_dim / 32]`, e8m0: a row's values are e4m3 2^(byte - 127). None if unquantised.
       num_rows: rows of the table. `stored` is that, or more where rows were added so that devices get equal shares.
       partition: how it is cut over a mesh, or None.
+      where: the memory that jax arrays are in.
     """
 
     values: Any
     scales: Any
     num_rows: int
     partition: Partition | None = None
+    where: Placement = "device"
 
     @classmethod
     def quantize(cls, rows: np.ndarray | jax.Array) -> EngramTable:
@@ -174,7 +176,7 @@ def place(
         return jax.make_array_from_callback((stored, array.shape[1]), sharding, part)
 
     scales = None if table.scales is None else put(table.scales)
-    return EngramTable(put(table.values), scales, table.num_rows, partition)
+    return EngramTable(put(table.values), scales, table.num_rows, partition, where)
 
 
 def lookup(table: EngramTable, rows: jax.Array, *, dtype: Any = BF16) -> jax.Array:
@@ -204,7 +206,7 @@ def lookup(table: EngramTable, rows: jax.Array, *, dtype: Any = BF16) -> jax.Arr
             )
         parts = _take_numpy(table, np.asarray(rows))
     else:
-        parts = _fetch(table._arrays(), rows, table.partition)
+        parts = _fetch(table._arrays(), rows, table.partition, table.where)
     values = _dequantize(parts, dtype)  # [*n, columns, head_dim]
     return values.reshape(*rows.shape[:-1], rows.shape[-1] * table.head_dim)
 
@@ -234,7 +236,7 @@ def _take_numpy(table: EngramTable, rows: np.ndarray) -> list[jax.Array]:
     return [jax.device_put(np.where(inside[..., None], x, np.zeros((), x.dtype))) for x in found]
 
 
-def _take(arrays: Sequence[jax.Array], rows: jax.Array, first: jax.Array | int) -> list[jax.Array]:
+def _take(arrays: Sequence[jax.Array], rows: jax.Array, first: jax.Array | int, where: Placement) -> list[jax.Array]:
     """Rows of arrays that hold `first` and following ones; zeros for the others. Each `[*n, columns, width]`."""
     local = rows - first  # [*n, columns]
     stored = arrays[0].shape[0]
@@ -244,24 +246,28 @@ def _take(arrays: Sequence[jax.Array], rows: jax.Array, first: jax.Array | int) 
     def gather(arrays: Sequence[jax.Array], index: jax.Array) -> list[jax.Array]:
         return [take_rows(x, index) for x in arrays]
 
-    if jax.typeof(arrays[0]).memory_space == jax.memory.Space.Host:
+    if where == "pinned_host":
+        # The arrays are there already, but `jax.make_array_from_callback` leaves types that do not say so.
+        operands = jax.device_put((list(arrays), index), jax.memory.Space.Host)
         on_host = compute_on(gather, compute_type="device_host", out_memory_spaces=jax.memory.Space.Device)
-        found = on_host(arrays, jax.device_put(index, jax.memory.Space.Host))
+        found = on_host(*operands)
     else:
         found = gather(arrays, index)
     return [jnp.where(inside[..., None], x, jnp.zeros((), x.dtype)) for x in found]
 
 
-@functools.partial(jax.jit, static_argnames="partition")
-def _fetch(arrays: Sequence[jax.Array], rows: jax.Array, partition: Partition | None) -> list[jax.Array]:
+@functools.partial(jax.jit, static_argnames=("partition", "where"))
+def _fetch(
+    arrays: Sequence[jax.Array], rows: jax.Array, partition: Partition | None, where: Placement
+) -> list[jax.Array]:
     """The same from arrays that may be cut over a mesh. Each `[*n, columns, width]`."""
     if partition is None:
-        return _take(arrays, rows, 0)
+        return _take(arrays, rows, 0, where)
     by_rows = partition.by == "rows"
 
     def local(arrays: Sequence[jax.Array], rows: jax.Array) -> list[jax.Array]:
         first = lax.axis_index(partition.axis) * arrays[0].shape[0] if by_rows else 0
-        return [join(part) for part in _take(arrays, rows, first)]
+        return [join(part) for part in _take(arrays, rows, first, where)]
 
     def join(part: jax.Array) -> jax.Array:
         small = part.dtype.itemsize == 1
