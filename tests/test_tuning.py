@@ -171,9 +171,9 @@ def test_the_fastest_candidate_wins_measured_in_turn(monkeypatch):
 def test_small_gains_and_wrong_results_do_not_win(monkeypatch):
     default = tune.candidates(DENSE)[0]
     fake(monkeypatch, lambda _, config: 98.5 if config == FAST else 100.0)
-    assert tune.choose([tune.measure(DENSE, tune.candidates(DENSE))]) == default
+    assert tune.choose([tune.measure(DENSE, *tune.compile_candidates([DENSE]))]) == default
     fake(monkeypatch, lambda _, config: 50.0 if config == FAST else 100.0, {FAST: jnp.asarray([1.0, -1, 1, 1])})
-    measured = tune.measure(DENSE, tune.candidates(DENSE))
+    measured = tune.measure(DENSE, *tune.compile_candidates([DENSE]))
     assert tune.choose([measured]) == default and "other results" in measured.failed[FAST]
 
 
@@ -207,7 +207,7 @@ def test_the_command_writes_a_table(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(dispatch, "cuda_target", lambda: dispatch.Target("cuda", (9, 0)))
     fake(monkeypatch, lambda _, config: 80.0 if config == FAST else 100.0)
     out = tmp_path / "h200.json"
-    assert cli.main(["tune", "--suite", "dense", "--filter", "b8-sq1-h16", "--out", str(out)]) == 0
+    assert cli.main(["tune", "--suite", "dense", "--filter", "b8-sq1-h16", "--jobs", "1", "--out", str(out)]) == 0
     text = capsys.readouterr().out
     assert "20.0%" in text and "ptxas said no" in text and str(out) in text
     assert tuning.load(out, device="NVIDIA H200").lookup(tune.bucket_of(DENSE)) == FAST

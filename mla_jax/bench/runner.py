@@ -68,16 +68,20 @@ def compile_chain(
     return timer.compile_chain(workload, sets=sets, calls=calls or timer.MIN_CALLS, **options)
 
 
-def compile_all(workloads: Sequence[Workload], *, jobs: int = 1, **options: Any) -> list[timer.CompiledChain | str]:
+def compile_all(
+    workloads: Sequence[Workload], configs: Sequence[Any] | None = None, *, jobs: int = 1, **options: Any
+) -> list[timer.CompiledChain | str]:
     """Compiles each workload's chain, in `jobs` processes if above 1: tracing a kernel takes seconds of Python.
 
-    Returns the chains, or for one that failed the reason. `options` are those of `compile_chain`.
+    Returns the chains, or for one that failed the reason. `configs` has one for each workload; `options` are the others
+    of `compile_chain`.
     """
+    configs = [None] * len(workloads) if configs is None else configs
     if jobs > 1:
         # New processes, not forks: CUDA does not survive those. They end before anything is timed.
         try:
             with concurrent.futures.ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
-                done = list(pool.map(functools.partial(_compile_elsewhere, **options), workloads))
+                done = list(pool.map(functools.partial(_compile_elsewhere, **options), workloads, configs))
             return [
                 chain if isinstance(chain, str) else timer.deserialize_chain(workload, chain)
                 for workload, chain in zip(workloads, done, strict=True)
@@ -85,17 +89,17 @@ def compile_all(workloads: Sequence[Workload], *, jobs: int = 1, **options: Any)
         except Exception as error:  # a worker died, or this jax cannot load what another process compiled
             warnings.warn(f"compiling in one process instead of {jobs}: {_text(error)}", stacklevel=2)
     chains: list[timer.CompiledChain | str] = []
-    for workload in workloads:
+    for workload, config in zip(workloads, configs, strict=True):
         try:
-            chains.append(compile_chain(workload, **options))
+            chains.append(compile_chain(workload, config=config, **options))
         except Exception as error:  # whatever a kernel raises: it belongs into the report
             chains.append(_text(error))
     return chains
 
 
-def _compile_elsewhere(workload: Workload, **options: Any) -> bytes | str:
+def _compile_elsewhere(workload: Workload, config: Any, **options: Any) -> bytes | str:
     try:
-        return compile_chain(workload, **options).serialize()
+        return compile_chain(workload, config=config, **options).serialize()
     except Exception as error:
         return _text(error)
 

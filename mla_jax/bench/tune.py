@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -76,16 +76,34 @@ class Measured:
     failed: dict[Any, str]
 
 
-def measure(workload: Dense | Sparse, configs: Sequence[Any], *, rounds: int = 5) -> Measured:
-    """Times the configs in turn, `rounds` times; the first one must work."""
+Candidates = Mapping[Any, "timer.CompiledChain | str"]
+"""A workload's configs, the default first, each compiled or the reason why it is not."""
+
+
+def compile_candidates(
+    workloads: Sequence[Dense | Sparse], capability: tuple[int, int] = (9, 0), *, jobs: int = 1
+) -> Sequence[Candidates]:
+    """Of each workload, in `jobs` processes."""
+    pairs = [(workload, config) for workload in workloads for config in candidates(workload, capability)]
+    chains = runner.compile_all(*zip(*pairs, strict=True), jobs=jobs, implementation="mosaic")
+    found: list[dict[Any, timer.CompiledChain | str]] = [{} for _ in workloads]
+    of = {id(workload): configs for workload, configs in zip(workloads, found, strict=True)}
+    for (workload, config), chain in zip(pairs, chains, strict=True):
+        of[id(workload)][config] = chain
+    return found
+
+
+def measure(workload: Dense | Sparse, compiled: Candidates, *, rounds: int = 5) -> Measured:
+    """Times the candidates in turn, `rounds` times. Raises RuntimeError if the default, the first, did not compile."""
     chains: dict[Any, timer.Chain] = {}
     failed: dict[Any, str] = {}
     inputs = right = None
-    for config in configs:
+    for config, candidate in compiled.items():
         try:
-            compiled = runner.compile_chain(workload, implementation="mosaic", config=config)
-            inputs = build(workload, sets=compiled.sets) if inputs is None else inputs
-            chain = timer.Chain(compiled, inputs)
+            if isinstance(candidate, str):
+                raise RuntimeError(candidate)
+            inputs = build(workload, sets=candidate.sets) if inputs is None else inputs
+            chain = timer.Chain(candidate, inputs)
             out = np.asarray(chain.run()[-2].astype(jnp.float32), np.float64).ravel()
         except Exception as error:  # a config that does not compile or launch is no candidate
             if not chains:
@@ -124,12 +142,16 @@ def tune(
     capability: tuple[int, int],
     jax_version: str,
     rounds: int = 5,
+    jobs: int = 1,
     on_done: Callable[[Measured], None] = lambda _: None,
 ) -> tuning.Table:
-    """Measures every workload's candidates; a table with an entry a bucket, the default's where nothing is better."""
+    """Measures every workload's candidates; a table with an entry a bucket, the default's where nothing is better.
+
+    `jobs` processes compile before anything is measured.
+    """
     buckets: dict[tuning.Bucket, list[Measured]] = {}
-    for workload in workloads:
-        result = measure(workload, candidates(workload, capability), rounds=rounds)
+    for workload, compiled in zip(workloads, compile_candidates(workloads, capability, jobs=jobs), strict=True):
+        result = measure(workload, compiled, rounds=rounds)
         buckets.setdefault(bucket_of(workload), []).append(result)
         on_done(result)
     entries = {}

@@ -30,6 +30,7 @@ def register(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--suite", action="append", default=[], help=f"one of {suites}; may repeat")
     parser.add_argument("--filter", default="", metavar="TEXT", help="only workloads whose name contains TEXT")
     parser.add_argument("--rounds", type=int, default=5, help="times each candidate is measured, in turn (default 5)")
+    parser.add_argument("--jobs", type=int, default=4, help="processes that compile first (default 4)")
     parser.add_argument("--out", type=Path, default=Path("tuned.json"), metavar="FILE", help="default tuned.json")
     parser.set_defaults(run=run)
 
@@ -49,6 +50,7 @@ def run(args: argparse.Namespace) -> int:
     print(f"device  {device.device_kind}, jax {jax.__version__}; {len(chosen)} workloads")
     done = 0
     with Progress(len(chosen)) as progress:
+        progress.print("        compiling every candidate")
 
         def on_done(measured: Measured) -> None:
             nonlocal done
@@ -64,9 +66,10 @@ def run(args: argparse.Namespace) -> int:
                 capability=target.capability or dispatch.ASSUMED_CAPABILITY,
                 jax_version=jax.__version__,
                 rounds=args.rounds,
+                jobs=args.jobs,
                 on_done=on_done,
             )
-        except (NotImplementedError, timer.TimingError) as error:  # no kernel for this GPU; a measurement that is none
+        except (NotImplementedError, RuntimeError) as error:  # no kernel for this GPU; a measurement that is none
             raise CommandError(str(error)) from error
     print_table("tuned against default", ("workload", "us", "default us", "gain", "config"), _rows(table), left=1)
     table.save(args.out)
