@@ -14,7 +14,8 @@ Vocabulary, used by the kernels as well:
     parts    |----------0--------|-----1-----|-----2-----|--------3--------|
 
 Everything is a closed form over small arrays (no loop, no sort), in jnp, with static shapes: it runs inside jit and
-does not recompile when lengths change. A plan only balances work. The kernels take lengths from the op's own
+does not recompile when lengths change. On the GPUs of the Mosaic kernels one kernel computes the same integers
+(`plan_kernel.py`); `batch_invariant` plans and unusual sizes stay with jnp there too. A plan only balances work. The kernels take lengths from the op's own
 arguments, and an item's last piece runs to the item's end whatever the plan thought it was: a plan made for other
 lengths still gives the right answer, at worst slowly.
 """
@@ -26,6 +27,10 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels import plan_kernel
+from pallas_kernels.plan_kernel import Problem, Scope
 
 BLOCK_TOKENS = 64
 TILE_ROWS = 64  # query rows (s_q * heads) of one CTA of the dense kernel
@@ -43,7 +48,7 @@ CUT_ALIGN_BLOCKS = 2
 INVARIANT_PIECE_BLOCKS = {"dense": 64, "sparse": 8}
 INVARIANT_MAX_PIECES = 8
 
-TO_THE_END = jnp.iinfo(jnp.int32).max
+TO_THE_END = int(jnp.iinfo(jnp.int32).max)
 """`end_block` of an item's last piece."""
 
 
@@ -134,14 +139,14 @@ def plan_decode(
             f"cache_seqlens must be integers of shape [b], got {cache_seqlens.dtype}{list(cache_seqlens.shape)}"
         )
     _check_positive(s_q=s_q, num_heads=num_heads, page_size=page_size, num_sms=num_sms)
-    lengths = jnp.maximum(cache_seqlens.astype(jnp.int32), 0)  # [b]
-    num_blocks = _num_blocks(lengths)  # [b]
+    batch = cache_seqlens.shape[0]
     num_parts = dense_parts(s_q, num_heads, num_sms)
-    parts, pieces, splits = split_work(
-        num_blocks, num_parts, invariant_blocks=INVARIANT_PIECE_BLOCKS["dense"] if batch_invariant else None
-    )
+    parts, pieces, splits = _split(
+        [(cache_seqlens, Scope(limit=int(jnp.iinfo(jnp.int32).max), items_each=1))], 0, batch, num_parts,
+        invariant_blocks=INVARIANT_PIECE_BLOCKS["dense"] if batch_invariant else None,
+    )  # fmt: skip
     return SplitPlan(
-        parts, pieces, splits, op="dense", batch=lengths.shape[0], s_q=s_q, num_heads=num_heads, page_size=page_size,
+        parts, pieces, splits, op="dense", batch=batch, s_q=s_q, num_heads=num_heads, page_size=page_size,
         topk=0, extra_topk=0, num_parts=num_parts, batch_invariant=batch_invariant,
     )  # fmt: skip
 
@@ -176,13 +181,24 @@ def plan_sparse_decode(
         raise ValueError(f"topk and extra_topk must not be negative, got {topk} and {extra_topk}")
     if extra_topk_length is not None and not extra_topk:
         raise ValueError("extra_topk_length is given, but extra_topk is 0: name the width of extra_indices")
-    num_blocks = _scope_blocks("topk_length", topk_length, topk, batch, s_q)  # [b * s_q]
-    if extra_topk:
-        num_blocks += _scope_blocks("extra_topk_length", extra_topk_length, extra_topk, batch, s_q)
+    scopes, fixed_blocks = [], 0
+    for name, width, length in (
+        ("topk_length", topk, topk_length), ("extra_topk_length", extra_topk, extra_topk_length)
+    ):  # fmt: skip
+        if length is None:
+            fixed_blocks += _num_blocks(width)
+            continue
+        if length.shape not in ((batch,), (batch, s_q)) or not jnp.issubdtype(length.dtype, jnp.integer):
+            raise ValueError(
+                f"{name} must be integers of shape [{batch}] or [{batch}, {s_q}], got "
+                f"{length.dtype}{list(length.shape)}"
+            )
+        scopes.append((length, Scope(limit=width, items_each=s_q if length.ndim == 1 else 1)))
     num_parts = sparse_parts(num_heads, num_sms)
-    parts, pieces, splits = split_work(
-        num_blocks, num_parts, invariant_blocks=INVARIANT_PIECE_BLOCKS["sparse"] if batch_invariant else None
-    )
+    parts, pieces, splits = _split(
+        scopes, fixed_blocks, batch * s_q, num_parts,
+        invariant_blocks=INVARIANT_PIECE_BLOCKS["sparse"] if batch_invariant else None,
+    )  # fmt: skip
     return SplitPlan(
         parts, pieces, splits, op="sparse", batch=batch, s_q=s_q, num_heads=num_heads, page_size=0,
         topk=topk, extra_topk=extra_topk, num_parts=num_parts, batch_invariant=batch_invariant,
@@ -218,11 +234,48 @@ def split_work(
       `(parts, pieces, splits)` as in `SplitPlan`.
     """
     num_items = num_blocks.shape[0]
-    # Sums over items, and twice the product of a length with num_parts, stay below 2^30 whatever the lengths hold.
-    num_blocks = jnp.minimum(num_blocks, 2**29 // max(num_items, num_parts + 1) - overhead)  # [items]
+    num_blocks = jnp.minimum(num_blocks, _most_blocks(num_items, num_parts, overhead))  # [items]
     if invariant_blocks is None:
         return _balanced(num_blocks, num_parts, overhead)
     return _invariant(num_blocks, num_parts, overhead, invariant_blocks)
+
+
+def _split(scopes, fixed_blocks, num_items, num_parts, *, invariant_blocks):
+    """`split_work` of items that have the blocks of all `scopes`, pairs (lengths, Scope), and `fixed_blocks` more."""
+    lengths = [length.astype(jnp.int32).reshape(-1) for length, _ in scopes]
+    problem = problem_of(tuple(scope for _, scope in scopes), fixed_blocks, num_items, num_parts)
+    if invariant_blocks is not None or not plan_kernel.fits(problem):
+        return _split_in_jnp(*lengths, problem=problem, invariant_blocks=invariant_blocks)
+    return _split_by_platform(*lengths, problem=problem)
+
+
+def problem_of(scopes: tuple[Scope, ...], fixed_blocks: int, num_items: int, num_parts: int) -> Problem:
+    """The static facts of a balanced plan, with the constants of this module."""
+    return Problem(
+        num_items, num_parts, scopes, fixed_blocks, block_tokens=BLOCK_TOKENS, overhead=PIECE_OVERHEAD_BLOCKS,
+        align=CUT_ALIGN_BLOCKS, most_blocks=_most_blocks(num_items, num_parts, PIECE_OVERHEAD_BLOCKS),
+        to_the_end=TO_THE_END,
+    )  # fmt: skip
+
+
+def _split_in_jnp(*lengths, problem, invariant_blocks=None):
+    num_blocks = jnp.full(problem.num_items, problem.fixed_blocks, jnp.int32)  # [items]
+    for length, scope in zip(lengths, problem.scopes, strict=True):  # [items / items_each]
+        num_blocks += jnp.repeat(_num_blocks(jnp.clip(length, 0, scope.limit)), scope.items_each)  # [items]
+    return split_work(num_blocks, problem.num_parts, invariant_blocks=invariant_blocks)
+
+
+@functools.partial(jax.jit, static_argnames="problem", inline=True)
+def _split_by_platform(*lengths, problem):
+    in_jnp = functools.partial(_split_in_jnp, problem=problem)
+    kernel = functools.partial(plan_kernel.plan, problem=problem, reference=in_jnp)
+    return lax.platform_dependent(*lengths, cuda=kernel, default=in_jnp)
+
+
+def _most_blocks(num_items: int, num_parts: int, overhead: int) -> int:
+    """With these at most in each item, sums over items, and twice the product of a length with num_parts, stay below
+    2^30 whatever the lengths hold."""
+    return 2**29 // max(num_items, num_parts + 1) - overhead
 
 
 def _balanced(num_blocks, num_parts, overhead):
@@ -335,7 +388,7 @@ def _piece_rows(piece, splits, begin_block):
 
 
 def _num_blocks(lengths):
-    return lengths // BLOCK_TOKENS + jnp.minimum(lengths % BLOCK_TOKENS, 1)  # lengths may be as large as 2^31 - 1
+    return lengths // BLOCK_TOKENS + (lengths % BLOCK_TOKENS > 0)  # lengths may be as large as 2^31 - 1
 
 
 def _cumsum(x):
@@ -344,18 +397,6 @@ def _cumsum(x):
         return jnp.cumsum(x, dtype=jnp.int32)
     order = jnp.arange(x.shape[0])
     return jnp.sum(jnp.where(order[None, :] <= order[:, None], x[None, :], 0), axis=1, dtype=jnp.int32)
-
-
-def _scope_blocks(name, length, topk, batch, s_q):
-    """int32 `[batch * s_q]`: blocks of one scope of each item."""
-    if length is None:
-        return jnp.full(batch * s_q, -(-topk // BLOCK_TOKENS), jnp.int32)
-    if length.shape not in ((batch,), (batch, s_q)) or not jnp.issubdtype(length.dtype, jnp.integer):
-        raise ValueError(
-            f"{name} must be integers of shape [{batch}] or [{batch}, {s_q}], got {length.dtype}{list(length.shape)}"
-        )
-    length = jnp.clip(length.astype(jnp.int32).reshape(batch, -1), 0, topk)  # [b, 1 or s_q]
-    return _num_blocks(jnp.broadcast_to(length, (batch, s_q)).reshape(-1))  # [b * s_q]
 
 
 def _check_positive(**values: int) -> None:
