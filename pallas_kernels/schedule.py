@@ -186,7 +186,7 @@ def plan_sparse_decode(
         ("topk_length", topk, topk_length), ("extra_topk_length", extra_topk, extra_topk_length)
     ):  # fmt: skip
         if length is None:
-            fixed_blocks += _num_blocks(width)
+            fixed_blocks += -(-width // BLOCK_TOKENS)
             continue
         if length.shape not in ((batch,), (batch, s_q)) or not jnp.issubdtype(length.dtype, jnp.integer):
             raise ValueError(
@@ -388,7 +388,7 @@ def _piece_rows(piece, splits, begin_block):
 
 
 def _num_blocks(lengths):
-    return lengths // BLOCK_TOKENS + (lengths % BLOCK_TOKENS > 0)  # lengths may be as large as 2^31 - 1
+    return lengths // BLOCK_TOKENS + jnp.minimum(lengths % BLOCK_TOKENS, 1)  # lengths may be as large as 2^31 - 1
 
 
 def _cumsum(x):

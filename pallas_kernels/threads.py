@@ -24,7 +24,7 @@ from jaxlib.mlir.dialects import arith, llvm
 
 from pallas_kernels.mgpu import WARP, asm
 
-_BARRIER_ID = 15  # Mosaic uses the ids up to the number of warpgroups, which is 8 at most
+_BARRIER_ID = 15  # Mosaic uses the ids up to the number of warpgroups, 16 at most
 _IS = arith.CmpIPredicate
 
 

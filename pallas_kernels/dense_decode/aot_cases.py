@@ -11,6 +11,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from pallas_kernels import dense_decode, schedule
@@ -45,19 +46,20 @@ def configurations(arch: str) -> dict[str, tuple[Callable, tuple[Any, ...]]]:
 
 
 def _call(capability, *, batch=4, s_q=1, heads=128, d_qk=576, page_size=64, is_causal=False, has_table=True):
-    def call(q, kv, block_table, cache_seqlens, sm_scale):
-        plan = schedule.plan_decode(
-            cache_seqlens, s_q=s_q, num_heads=heads, page_size=page_size, num_sms=schedule.num_sms(capability)
-        )
+    def call(q, kv, block_table, cache_seqlens, sm_scale, plan):
         return dense_decode.dense_decode(
             q, kv, block_table, cache_seqlens, plan, sm_scale, is_causal=is_causal, d_v=512, capability=capability
         )
 
     i32 = functools.partial(shape, dtype=jnp.int32)
+    make_plan = functools.partial(
+        schedule.plan_decode, s_q=s_q, num_heads=heads, page_size=page_size, num_sms=schedule.num_sms(capability)
+    )
     return call, (
         shape(batch, s_q, heads, d_qk),
         shape(batch if not has_table else 100, page_size, d_qk),
         i32(batch, 40) if has_table else None,
         i32(batch),
         shape(dtype=jnp.float32),
+        jax.eval_shape(make_plan, i32(batch)),
     )

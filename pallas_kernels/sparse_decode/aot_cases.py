@@ -10,6 +10,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from pallas_kernels import schedule, sparse_decode
@@ -38,11 +39,13 @@ def _call(
     batch, s_q, pages, topk, extra_topk = 4, 2, 64, 300, 130
     page_size, extra_page_size = 64, 2
 
-    def call(q, data, indices, length, sm_scale, attn_sink, *extra):
-        plan = schedule.plan_sparse_decode(
-            topk, batch=batch, s_q=s_q, num_heads=heads, topk_length=length, extra_topk=extra_topk if extra else 0,
-            num_sms=schedule.num_sms(capability),
+    def make_plan(length):
+        return schedule.plan_sparse_decode(
+            topk, batch=batch, s_q=s_q, num_heads=heads, topk_length=length,
+            extra_topk=0 if extra_fmt is None else extra_topk, num_sms=schedule.num_sms(capability),
         )  # fmt: skip
+
+    def call(q, data, indices, length, sm_scale, attn_sink, plan, *extra):
         more = {}
         if extra:
             more = dict(
@@ -64,6 +67,7 @@ def _call(
         i32(batch, s_q),
         f32(),
         f32(heads),
+        jax.eval_shape(make_plan, i32(batch, s_q)),
     )
     if extra_fmt is not None:
         args += (cache(extra_fmt, extra_page_size), i32(batch, s_q, extra_topk))

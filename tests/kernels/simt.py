@@ -1,17 +1,17 @@
 """A CTA in numpy, for kernels that are written thread by thread (pallas_kernels/threads.py): the machine for tests.
 
-Every value is an array `[threads]`. Memory is arrays of a class of their own, which notes who touched an entry since the
-last barrier: two threads at one entry, one of them storing, is a race, and so is the load of an entry never stored.
+Every value is an array `[threads]`. Memory notes who touched an entry since the last barrier: two threads at one entry, one
+of them storing, are a race.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-from pallas_kernels.mgpu import WARP
+from pallas_kernels.plan_kernel import WARP
 
 NOBODY = -1
-SEVERAL = -2
+GARBAGE = -(2**31) + 7  # what lies in memory before anything was stored
 
 
 class Race(AssertionError):
@@ -19,16 +19,17 @@ class Race(AssertionError):
 
 
 class Memory:
-    """int32 entries. What has `values` is initialised, for loading alone."""
+    """int32 entries: `values`, or `size` of them that hold garbage."""
 
     def __init__(self, size=0, values=None):
-        self.values = np.zeros(size, np.int32) if values is None else np.array(values, np.int32)
-        self.known = np.full(self.values.shape, values is not None)
+        self.values = np.full(size, GARBAGE, np.int32) if values is None else np.array(values, np.int32)
+        self.stored = np.zeros(self.values.shape, bool)
         self.forget()
 
     def forget(self):
-        self.readers = np.full(self.values.shape, NOBODY)
-        self.writers = np.full(self.values.shape, NOBODY)
+        none = np.iinfo(np.int32).max
+        self.writer = np.full(self.values.shape, NOBODY, np.int32)
+        self.first_reader, self.last_reader = np.full_like(self.writer, none), np.full_like(self.writer, NOBODY)
 
 
 class Machine:
@@ -43,27 +44,28 @@ class Machine:
     maximum = staticmethod(np.maximum)
 
     def load(self, memory, index):
-        index = np.broadcast_to(index, self.num_threads)
-        assert (0 <= index).all() and (index < len(memory.values)).all(), "a load out of range"
-        if not ((memory.writers[index] == NOBODY) | (memory.writers[index] == self.thread)).all():
+        index = self._in_range(memory, np.broadcast_to(index, self.num_threads))
+        writer = memory.writer[index]
+        if ((writer != NOBODY) & (writer != self.thread)).any():
             raise Race("loaded what another thread stored since the last barrier")
-        for i, thread in zip(index, self.thread, strict=True):
-            memory.readers[i] = thread if memory.readers[i] in (NOBODY, thread) else SEVERAL
-        return np.where(memory.known[index], memory.values[index], np.int32(-(2**31) + 7))  # garbage
+        np.minimum.at(memory.first_reader, index, self.thread)
+        np.maximum.at(memory.last_reader, index, self.thread)
+        return memory.values[index]
 
     def store(self, memory, index, value, where):
-        assert where.dtype == bool
-        index, value = np.broadcast_to(index, self.num_threads)[where], np.broadcast_to(value, self.num_threads)[where]
-        thread = self.thread[where]
-        assert (0 <= index).all() and (index < len(memory.values)).all(), "a store out of range"
-        if len(set(index)) < len(index):
-            raise Race("two threads store to one entry")
-        if not np.isin(memory.writers[index], (NOBODY,)).all() and (memory.writers[index] != thread).any():
-            raise Race("two threads store to one entry between barriers")
-        readers = memory.readers[index]
-        if ((readers != NOBODY) & (readers != thread)).any():
+        index, value = (np.broadcast_to(x, self.num_threads)[where] for x in (index, value))
+        thread, index = self.thread[where], self._in_range(memory, index)
+        writer, first, last = memory.writer[index], memory.first_reader[index], memory.last_reader[index]
+        if len(set(index)) < len(index) or ((writer != NOBODY) & (writer != thread)).any():
+            raise Race("two threads stored to one entry")
+        if ((last != NOBODY) & ((first != thread) | (last != thread))).any():
             raise Race("stored over what another thread loaded since the last barrier")
-        memory.values[index], memory.known[index], memory.writers[index] = value, True, thread
+        memory.values[index], memory.stored[index], memory.writer[index] = value, True, thread
+
+    def _in_range(self, memory, index):
+        if not ((index >= 0) & (index < len(memory.values))).all():
+            raise IndexError("out of range")
+        return index
 
     def store_row(self, memory, index, values, where):
         for k, value in enumerate(values):
