@@ -11,8 +11,8 @@ memory, and six barriers stand where XLA has kernel boundaries:
 
 All numbers equal those of `schedule._balanced`, which names and explains them; tests compare every entry.
 
-`plan` binds a primitive that becomes this kernel when it is lowered for a GPU that Mosaic GPU's kernels here are for, and
-jnp where it cannot: other GPUs, sizes beyond one CTA, and programs that XLA itself splits over several devices.
+`plan` binds a primitive that becomes this kernel when it is lowered for a GPU that has decode kernels in Mosaic GPU,
+and jnp where there is no such kernel: on other GPUs, under vmap, and in programs that XLA itself splits over devices.
 """
 
 from __future__ import annotations
@@ -56,8 +56,7 @@ class Problem:
     Attributes:
       num_items, num_parts: as in `schedule.py`.
       scopes: of the arrays of lengths; an item has the blocks of all of them, and `fixed_blocks` more.
-      block_tokens, overhead, align, most_blocks, to_the_end: the constants of `schedule.py`, and what it clamps an item's
-        blocks to.
+      block_tokens, overhead, align, most_blocks, to_the_end: constants of `schedule.py`; what it clamps blocks to.
     """
 
     num_items: int

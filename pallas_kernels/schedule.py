@@ -15,9 +15,10 @@ Vocabulary, used by the kernels as well:
 
 Everything is a closed form over small arrays (no loop, no sort), in jnp, with static shapes: it runs inside jit and
 does not recompile when lengths change. On the GPUs of the Mosaic kernels one kernel computes the same integers
-(`plan_kernel.py`); `batch_invariant` plans and unusual sizes stay with jnp there too. A plan only balances work. The kernels take lengths from the op's own
-arguments, and an item's last piece runs to the item's end whatever the plan thought it was: a plan made for other
-lengths still gives the right answer, at worst slowly.
+(`plan_kernel.py`); `batch_invariant` plans and those of 512 items and more stay with jnp there too.
+
+A plan only balances work. The kernels take lengths from the op's own arguments, and an item's last piece runs to the
+item's end whatever the plan thought it was: a plan made for other lengths gives the right answer, at worst slowly.
 """
 
 from __future__ import annotations

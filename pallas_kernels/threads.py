@@ -1,13 +1,13 @@
 """Kernels written thread by thread: int32 arithmetic, shared memory and warp instructions of one CTA.
 
 A kernel is a function of a machine `m` and of arrays. It never branches: what only some threads shall do is a `where`.
-On a GPU `m` is `Threads`, inside a `plgpu.inline_mgpu` function, and every value is a register of the calling thread. In
-tests it is a machine in numpy, where the same value is an array `[threads]` (tests/kernels/simt.py):
+On a GPU `m` is `Threads`, inside a `plgpu.inline_mgpu` function, and every value is a register of the calling thread.
+In tests it is a machine in numpy, where the same value is an array `[threads]` (tests/kernels/simt.py):
 
 | operation | on the GPU | in numpy |
 |---|---|---|
 | `m.thread` | the thread's number | all numbers |
-| + - * // & \\| < <= == != of values and Python ints; // of numbers that are not negative | `Value` | numpy's |
+| + - * // & or < <= > >= == != of values and Python ints; // of numbers that are not negative | `Value` | numpy's |
 | `m.where`, `m.minimum`, `m.maximum` | select, min, max | numpy's |
 | `m.load`, `m.store`, `m.store_row` | of shared and global memory, by predicate | indexing, with a check for races |
 | `m.sync` | `bar.sync` | what was stored before may be loaded |

@@ -102,12 +102,13 @@ def call(
 
 
 def make_plan(workload: Dense | Sparse, lengths: jax.Array) -> Any:
-    """The split plan of a workload. `lengths` int32 [b]: its cache lengths, or its extra scope's top-k lengths."""
+    """The split plan of a workload. `lengths` int32 [b]: its cache lengths, or its last scope's top-k lengths."""
     if isinstance(workload, Dense):
         return mla_jax.plan_decode(lengths, s_q=workload.s_q, num_heads=workload.h, page_size=workload.page_size)
-    extra = workload.extra
+    main, extra = workload.main, workload.extra
     return mla_jax.plan_sparse_decode(
-        workload.main.topk, batch=workload.b, s_q=workload.s_q, num_heads=workload.h,
+        main.topk, batch=workload.b, s_q=workload.s_q, num_heads=workload.h,
+        topk_length=lengths if extra is None and main.varlen else None,
         extra_topk=0 if extra is None else extra.topk,
         extra_topk_length=lengths if extra is not None and extra.varlen else None,
     )  # fmt: skip
@@ -137,6 +138,8 @@ def _build_sparse(w: Sparse, sets: int, rng: np.random.Generator) -> Inputs:
     common: dict[str, Any] = {"plan": jax.jit(functools.partial(make_plan, w))(_plan_lengths(w))}
     if w.extra is not None and w.extra.varlen:
         common["extra_topk_length"] = jnp.asarray(w.extra.lengths(w.b))  # [b]
+    if w.main.varlen:
+        common["topk_length"] = jnp.asarray(w.main.lengths(w.b))  # [b]
     caches: dict[str, Any] = {}
     per_set: list[dict[str, Any]] = [{"q": _query(w, rng)} | common for _ in range(sets)]
     for prefix, scope in (("", w.main), ("extra_", w.extra)):

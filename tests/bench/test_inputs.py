@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from mla_jax.bench import inputs
-from mla_jax.bench.workloads import WORKLOADS, Dense, Scope, Sparse
+from mla_jax.bench.workloads import SUITES, WORKLOADS, Dense, Scope, Sparse
 from pallas_kernels.formats import MODEL1, V32
 
 DENSE = Dense(name="dense", b=3, s_q=2, h=4, s_k=130)
@@ -37,6 +37,15 @@ def test_sparse_slots():
                 assert owners.setdefault(page, (s, r)) == (s, r)  # one request of one set owns a page
         assert slots.max() < arrays.caches["cache" if name == "indices" else "extra_cache"].num_slots
     np.testing.assert_array_equal(arrays.sets[0]["extra_topk_length"], SPARSE.extra.lengths(3))
+
+
+def test_plans_of_the_suite_depend_on_their_lengths():
+    """What does not is a constant, and its time that of a copy."""
+    for workload in SUITES["plan"]:
+        (args,) = inputs.build(workload).sets
+        fewer = {"lengths": args["lengths"].at[: -(-workload.b // 2)].set(0)}
+        plan, other = (inputs.call(workload, {}, a) for a in (args, fewer))
+        assert not np.array_equal(plan.parts, other.parts), workload.name
 
 
 def test_same_seed_same_arrays():

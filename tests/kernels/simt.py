@@ -1,7 +1,7 @@
 """A CTA in numpy, for kernels that are written thread by thread (pallas_kernels/threads.py): the machine for tests.
 
-Every value is an array `[threads]`. Memory notes who touched an entry since the last barrier: two threads at one entry, one
-of them storing, are a race.
+Every value is an array `[threads]`. Memory notes who touched an entry since the last barrier: two threads at one entry,
+one of them storing, are a race.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 """The kernel that makes the split plan, against jnp, entry by entry: on a machine in numpy, which also looks for races,
-compiled for an H100, and on a GPU. Where it is used: in which programs, and in which it must not be."""
+and compiled for an H100. In which programs it is used, and in which not. On a GPU: tests/gpu/test_plan.py."""
 
 import functools
 import logging
@@ -146,7 +146,8 @@ def kernels_in(fn, *args, platforms=("cuda",)):
 
 
 def test_one_kernel_makes_the_plan():
-    assert kernels_in(plan, I32((8,))) == kernels_in(sparse_plan, I32((4,))) == kernels_in(sparse_plan, I32((4, 2))) == 1
+    for fn, shape in ((plan, (8,)), (sparse_plan, (4,)), (sparse_plan, (4, 2))):
+        assert kernels_in(fn, I32(shape)) == 1
     assert kernels_in(plan, I32((8,)), platforms=("cpu",)) == 0
 
 
@@ -206,7 +207,7 @@ def test_exported_programs():
         np.testing.assert_array_equal(x, y)
 
 
-# -- compiled, and on a GPU ------------------------------------------------------------------------------------------
+# -- compiled ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.aot
@@ -221,14 +222,3 @@ def test_compiles_well(num_items):
     assert kernel.count("STG") - kernel.count("STG.E.128") == 2
     # Two barriers are Mosaic's own.
     assert kernel.count("BAR.SYNC") == 6 + 2 and len(kernel.sass) < 800
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("problem", [*PROBLEMS, problem_of(511, 132)], ids=lambda p: f"{p.num_items}-{p.num_parts}")
-def test_on_a_gpu(problem):
-    launch = functools.partial(jax.jit, static_argnames="problem")(plan_kernel.launch)
-    rng = np.random.default_rng(0)
-    for _ in range(20):
-        lengths = [draw(rng, problem.num_items // scope.items_each) for scope in problem.scopes]
-        check(*lengths, problem=problem, kernel=launch)
-        check(*lengths, problem=problem, kernel=on_machine)
