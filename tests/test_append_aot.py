@@ -8,9 +8,8 @@ import pytest
 
 import mla_jax
 from mla_jax.bench import inputs, timer, workloads
-from pallas_kernels import aot
 from pallas_kernels.formats import INDEX_FP8
-from tests import samples
+from tests import compiling, samples
 
 by_name = lambda fmt: fmt.name  # noqa: E731
 FORMATS = [*samples.FORMATS, INDEX_FP8]
@@ -19,10 +18,7 @@ CALLS = 3
 
 @pytest.fixture(scope="module")
 def h100():
-    try:
-        return aot._device("sm_90a")
-    except RuntimeError as reason:
-        pytest.skip(f"{reason} (dependency group aot)")
+    return compiling.h100()
 
 
 def kernels(compiled):

@@ -7,8 +7,6 @@ for one GPU architecture only.
 from __future__ import annotations
 
 import dataclasses
-import functools
-import importlib.util
 import os
 import pathlib
 import re
@@ -17,32 +15,9 @@ from unittest import mock
 
 import jax
 import jax.experimental.mosaic.gpu  # names the toolkit in os.environ, which `compile_sm90` restores
-from jax.experimental import topologies
 
-H100 = """gpu_device_info {
-  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152 shared_memory_per_core: 233472
-  threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128 block_dim_limit_x: 2147483647
-  block_dim_limit_y: 65535 block_dim_limit_z: 65535 memory_bandwidth: 3352320000000 l2_cache_size: 52428800
-  clock_rate_ghz: 1.98 device_memory_size: 84942979072 shared_memory_per_block_optin: 232448
-  cuda_compute_capability { major: 9 minor: 0 feature_extension: ACCELERATED_FEATURES }
-  registers_per_core_limit: 65536 registers_per_block_limit: 65536 thread_dim_limit_x: 1024 thread_dim_limit_y: 1024
-  thread_dim_limit_z: 64 device_vendor: "NVIDIA Corporation" device_address_bits: 64 ecc_enabled: true name: "h100"
-  driver_version: "13.0.0" runtime_version: "13.0.0" compile_time_toolkit_version: "13.0.0" dnn_version: "9.10.0"
-}
-platform_name: "CUDA" dnn_version_info { major: 9 minor: 10 } device_description_str: "h100"
-"""
-
-
-def missing() -> str | None:
-    """What the machine lacks to compile; None if nothing."""
-    for module in ("jax_plugins.xla_cuda13", "nvidia.cu13"):
-        try:
-            found = importlib.util.find_spec(module)
-        except ModuleNotFoundError:
-            found = None
-        if found is None:
-            return f"{module} is not installed (dependency group aot)"
-    return None
+from tests import compiling
+from tests.compiling import missing as missing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,18 +53,11 @@ class Kernel:
         return [loop for loop in loops if not any("STG" in line for line in loop)]
 
 
-@functools.cache
-def _sharding() -> jax.sharding.Sharding:
-    topology = topologies.get_topology_desc(platform="cuda", target_config=H100, topology="1x1x1")
-    mesh = topologies.make_mesh(topo=topology, mesh_shape=(1,), axis_names=("_",))
-    return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-
-
 def compile_sm90(function, *args: jax.ShapeDtypeStruct) -> list[Kernel]:
     """Compiles function(*args) and returns its Mosaic kernels."""
-    sharding = _sharding()
+    device = compiling.h100()
+    sharding = jax.sharding.SingleDeviceSharding(device)
     args = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), args)
-    device = next(iter(sharding.device_set))
     with (
         tempfile.TemporaryDirectory() as folder,
         mock.patch.dict(os.environ, {"MOSAIC_GPU_DUMP_TO": folder}),

@@ -6,7 +6,6 @@ One architecture a process, so compilation runs in a child process. `-m aot` tak
 import dataclasses
 import importlib.util
 import os
-import pathlib
 import subprocess
 import sys
 
@@ -15,66 +14,47 @@ import pytest
 from mla_jax.bench import model
 from pallas_kernels import aot, dense_decode, mgpu, sparse_decode
 from pallas_kernels.dense_decode import DenseConfig, sm90
-
-ROOT = pathlib.Path(__file__).parents[2]
-CHILD = """
-import sys
-from pallas_kernels import aot
-cases = aot.configurations(sys.argv[1])
-for name in sys.argv[2].split(",") if len(sys.argv) > 2 else cases:
-    for report in aot.compile_report(*cases[name], sys.argv[1]):
-        assert not report.problems(), (name, report.kernel, report.problems())
-        counts = [report.counts.get(op, 0) for op in ("HGMMA", "UTMALDG", "UTCHMMA", "LDTM")]
-        loops = sum(loop.instructions for loop in report.loops[:3])
-        print(name, report.kernel, report.registers, *counts, report.tmem_columns, report.spill_store_bytes, loops)
-"""
-
-
-def compile_in_child(*argv: str) -> list[list[str]]:
-    if importlib.util.find_spec("jax_plugins") is None or importlib.util.find_spec("jax_plugins.xla_cuda13") is None:
-        pytest.skip("compiling for CUDA needs jax's CUDA plugin: install the aot dependency group")
-    env = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
-    child = subprocess.run(
-        [sys.executable, "-c", CHILD, *argv], env=env, capture_output=True, text=True, timeout=1200, check=False
-    )
-    assert child.returncode == 0, child.stderr[-4000:]
-    return [line.split() for line in child.stdout.splitlines() if line.strip()]
+from tests import compiling
 
 
 @pytest.mark.slow
 @pytest.mark.aot
 @pytest.mark.parametrize("arch", aot.TARGETS)
 def test_every_configuration_compiles(arch):
-    rows = compile_in_child(arch)
-    assert {row[0] for row in rows} == set(aot.configurations(arch))
+    assert compiling.reports(arch).keys() == aot.configurations(arch).keys()
+
+
+def loop_instructions(report: aot.Report) -> int:
+    """Of the first three loops: those over blocks."""
+    return sum(loop.instructions for loop in report.loops[:3])
 
 
 @pytest.mark.aot
 def test_instructions_are_the_intended_ones():
-    (dense, combine) = compile_in_child("sm_90a", "dense")
-    assert dense[1] == "mla_dense_decode" and combine[1] == "mla_combine"
+    (dense, combine) = compiling.reports("sm_90a", "dense")["dense"]
+    assert dense.kernel == "mla_dense_decode" and combine.kernel == "mla_combine"
     # Per side: the first scores (36), a pair in the loop (44), the last pair (8).
-    assert int(dense[3]) == 2 * (36 + 44 + 8)
-    assert int(dense[9]) / 2 == pytest.approx(model.INSTRUCTIONS["sm90"], rel=0.1)  # the loops take two blocks a round
-    assert int(dense[4]) == 2 + 6, "TMA loads: two of Q, and left, right, rope of two blocks"
+    assert dense.counts["HGMMA"] == 2 * (36 + 44 + 8)
+    # The loops take two blocks a round.
+    assert loop_instructions(dense) / 2 == pytest.approx(model.INSTRUCTIONS["sm90"], rel=0.1)
+    assert dense.counts["UTMALDG"] == 2 + 6, "TMA loads: two of Q, and left, right, rope of two blocks"
 
 
 @pytest.mark.aot
 def test_sm100_instructions_are_the_intended_ones():
-    rows = compile_in_child("sm_103a", "dense,dense-h3")
-    (wide, narrow) = (row for row in rows if row[1] == "mla_dense_decode")
-    for row in (wide, narrow):
-        _, _, _, hgmma, _, _, loads, _, spilled_bytes, _ = row
+    found = compiling.reports("sm_103a", "dense", "dense-h3").values()
+    (wide, narrow) = (report for kernels in found for report in kernels if report.kernel == "mla_dense_decode")
+    for report in (wide, narrow):
         # A dozen loop bounds and addresses may be spilled, but no tile.
-        assert hgmma == "0" and int(loads) > 0 and int(spilled_bytes) <= 64
+        assert "HGMMA" not in report.counts and report.counts["LDTM"] > 0 and report.spill_store_bytes <= 64
     # 128 rows: the first scores (36 products of 16 columns), the next ones, and the values' 4.
-    assert int(wide[5]) == 36 + 36 + 4 and int(wide[7]) == 512
+    assert wide.counts["UTCHMMA"] == 36 + 36 + 4 and wide.tmem_columns == 512
     # 64 rows: every product is two, one for each half of the lanes; the values are two groups.
-    assert int(narrow[5]) == 2 * (36 + 36 + 2 * 4) and int(narrow[7]) == 288
+    assert narrow.counts["UTCHMMA"] == 2 * (36 + 36 + 2 * 4) and narrow.tmem_columns == 288
     # The model of performance counts instructions a block.
-    assert int(wide[9]) == pytest.approx(model.INSTRUCTIONS["sm100, 128 rows"], rel=0.2)
-    assert int(narrow[9]) == pytest.approx(model.INSTRUCTIONS["sm100, 64 rows"], rel=0.2)
-    assert int(wide[4]) == 1 + 3 and int(narrow[4]) == 2 + 3, "TMA loads: Q, and a block's groups of columns"
+    assert loop_instructions(wide) == pytest.approx(model.INSTRUCTIONS["sm100, 128 rows"], rel=0.2)
+    assert loop_instructions(narrow) == pytest.approx(model.INSTRUCTIONS["sm100, 64 rows"], rel=0.2)
+    assert wide.counts["UTMALDG"] == 1 + 3 and narrow.counts["UTMALDG"] == 2 + 3, "TMA loads: Q, and a block's columns"
 
 
 SASS = """
@@ -186,6 +166,6 @@ def test_loading_an_exported_step_prepares_the_runtime():
         "print('MOSAIC_GPU_RUNTIME_LIB_PATH' in os.environ)\n"
     )
     has_plugin = any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13))
-    env = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(compiling.ROOT)}
     child = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=300)
     assert child.stdout.strip() == str(has_plugin), child.stderr[-2000:]

@@ -1,19 +1,13 @@
 """The SM100 sparse kernel compiled to machine code, for B200 and B300: instructions, registers, memory."""
 
-import json
-import pathlib
-import subprocess
-import sys
-
 import pytest
 
 import mla_jax
 from mla_jax.bench.sparse_model import INSTRUCTIONS
 from pallas_kernels import aot, mgpu
 from pallas_kernels.sparse_decode import SparseConfigSm100, gather, sm100
-from tests.kernels.aot import missing
+from tests import compiling
 
-ROOT = pathlib.Path(__file__).parents[2]
 FORMATS = {
     "sparse-v32-h128": (mla_jax.V32, None),
     "sparse-model1-model1-h64": (mla_jax.MODEL1, mla_jax.MODEL1),
@@ -25,15 +19,6 @@ FORMATS = {
 # Stack accesses a round of a hot loop: addresses in tensor memory, mostly, which ptxas loads again every block. In the
 # softmax loop of BF16 with V32 there are 59, 36 of them loads; the other loops have 0 to 12.
 MAX_STACK_ACCESSES = 60
-REPORT = """
-import dataclasses, json, sys
-from pallas_kernels import aot
-found = {}
-for name in sys.argv[2:]:
-    report = aot.compile_report(*aot.configurations(sys.argv[1])[name], sys.argv[1])[0]
-    found[name] = dataclasses.asdict(report) | {"problems": report.problems()}
-print("REPORT" + json.dumps(found))
-"""
 
 
 def gathers(fmt) -> int:
@@ -44,7 +29,6 @@ def gathers(fmt) -> int:
 
 
 @pytest.mark.aot
-@pytest.mark.skipif(missing() is not None, reason=str(missing()))
 @pytest.mark.parametrize(
     "arch, names",
     [
@@ -55,24 +39,19 @@ def gathers(fmt) -> int:
 )
 def test_compiles_well(arch, names):
     """An architecture a process. 15 s of CPU a name."""
-    run = subprocess.run(
-        [sys.executable, "-c", REPORT, arch, *names], cwd=ROOT, capture_output=True, text=True, timeout=900
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
-    reports = json.loads(run.stdout.split("REPORT")[1])
-    for name in names:
-        report, (fmt, extra) = reports[name], FORMATS[name]
-        assert report["arch"] == arch and not report["problems"] and not report["warnings"], name
-        assert 0 < report["tmem_columns"] <= aot.MAX_TMEM_COLUMNS
-        assert report["smem_bytes"] <= mgpu.MAX_SMEM_BYTES
-        assert report["registers"] * 512 <= 65536
-        counts = report["counts"]
+    for name, (report, *_) in compiling.reports(arch, *names).items():
+        fmt, extra = FORMATS[name]
+        assert not report.warnings, name
+        assert 0 < report.tmem_columns <= aot.MAX_TMEM_COLUMNS
+        assert report.smem_bytes <= mgpu.MAX_SMEM_BYTES
+        assert report.registers * 512 <= 65536
+        counts = report.counts
         # Code for each of two stages and each scope; two UTCHMMA for each 16 columns (or keys) of a product.
         assert counts["GATHER4"] == 2 * sum(map(gathers, filter(None, (fmt, extra)))), name
         products = fmt.d_qk // 16 + len(sm100.value_parts(fmt)) * 64 // 16
         assert counts["UTCHMMA"] == 2 * 2 * products, name
         assert counts["UTMALDG"] == counts["GATHER4"] + 1  # and Q
-        hot = [loop["counts"] for loop in report["loops"] if any(loop["counts"].get(op) for op in HOT)]
+        hot = [loop.counts for loop in report.loops if any(loop.counts.get(op) for op in HOT)]
         assert len(hot) >= 5, name
         for loop in hot[:-1]:  # the last one is about pieces, not blocks
             assert loop.get("LDL", 0) + loop.get("STL", 0) <= MAX_STACK_ACCESSES, (name, loop)
@@ -80,7 +59,7 @@ def test_compiles_well(arch, names):
                 assert loop.get("STL", 0) == 0, (name, loop)
         if (counted := INSTRUCTIONS.get(("sm100", fmt.name))) is not None:  # of the model of performance
             for what, (op, stages) in LOOPS.items():
-                sizes = [loop["instructions"] // stages for loop in report["loops"] if loop["counts"].get(op)]
+                sizes = [loop.instructions // stages for loop in report.loops if loop.counts.get(op)]
                 assert sizes[0] == pytest.approx(getattr(counted, what), rel=0.15), (name, what, sizes)
 
 

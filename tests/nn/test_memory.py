@@ -9,7 +9,7 @@ import pytest
 
 from mla_jax.nn import Model1Config, Model1Tables, V32Config, init_params, model1, v32
 from mla_jax.nn.config import Model1Layer
-from pallas_kernels import aot
+from tests import compiling
 from tests.compiling import QUICK
 
 LAYERS, STEPS, BATCH = 4, 64, 4
@@ -145,10 +145,7 @@ def test_the_scanned_model_computes_what_its_layers_do():
 @pytest.mark.parametrize("model", [v32_model, model1_model])
 def test_donated_steps_copy_no_pool_on_cuda(model):
     """The same program compiled for an H100 without one."""
-    try:
-        device = aot._device("sm_90a")
-    except RuntimeError as reason:
-        pytest.skip(f"{reason} (dependency group aot)")
+    device = compiling.h100()
     sharding = jax.sharding.SingleDeviceSharding(device)
     with jax.default_device(device):
         lowered, state = lower(model, "fp8", lambda s: SDS(s.shape, s.dtype, sharding=sharding))
