@@ -425,18 +425,9 @@ def _kernel_body(inputs, outs, *, shape, design, config, ops, **scratch):
 
 
 def dense_decode(
-    q: jax.Array,
-    kv: jax.Array,
-    block_table: jax.Array | None,
-    cache_seqlens: jax.Array,
-    plan: schedule.SplitPlan,
-    sm_scale: jax.Array,
-    *,
-    is_causal: bool,
-    d_v: int,
-    config: DenseSm100Config | None = None,
-    interpret: Any = None,
-) -> tuple[jax.Array, jax.Array]:
+    q: jax.Array, kv: jax.Array, block_table: jax.Array | None, cache_seqlens: jax.Array, plan: schedule.SplitPlan,
+    sm_scale: jax.Array, *, is_causal: bool, d_v: int, config: DenseSm100Config | None = None, interpret: Any = None,
+) -> tuple[jax.Array, jax.Array]:  # fmt: skip
     """Attention of each request's query rows over its cached tokens: the arguments of `sm90.dense_decode`."""
     table_width = None if block_table is None else block_table.shape[1]
     config = config or choose_sm100_config(q.shape[1] * q.shape[2])

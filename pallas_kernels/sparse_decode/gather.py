@@ -49,7 +49,7 @@ from jaxlib.mlir.dialects import arith, vector
 from pallas_kernels import formats, mgpu
 from pallas_kernels.formats import KVFormat
 from pallas_kernels.mgpu import asm
-from pallas_kernels.sparse_decode import dequant
+from pallas_kernels.sparse_decode import dequant, lanes
 from pallas_kernels.sparse_decode.config import (
     BLOCK_TOKENS,
     CHUNK_BYTES,
@@ -58,35 +58,7 @@ from pallas_kernels.sparse_decode.config import (
     STAGES,
     Scope,
 )
-from pallas_kernels.sparse_decode.lanes import (
-    BLOCK_ROW,
-    GROUPS_PER_WARP,
-    LANE_CHUNKS,
-    MINUS_INFINITY,
-    REF,
-    SPLAT,
-    Lane,
-    add,
-    const,
-    dequantize_latent,
-    equal,
-    fields,
-    gmem,
-    i32,
-    is_key,
-    less,
-    load16,
-    mul,
-    row_address,
-    row_array,
-    row_values,
-    scalar,
-    scale_values,
-    smem,
-    store16,
-    sync_warp,
-    wide,
-)
+from pallas_kernels.sparse_decode.lanes import REF, SPLAT, Lane, add, const, i32, mul
 
 # Swizzled tiles, in bytes of a row: 64 for keys (the product of 64 heads with 64 keys takes no wider ones), 128 for raw
 # bytes, so that 8 rows' 16-byte chunks lie in 8 different bank groups.
@@ -211,14 +183,14 @@ class GatherHardware(Gather, dequant.SparseHardware):
             layout = INDICES.to_mgpu()
             registers = np.empty(layout.registers_shape((BLOCK_TOKENS,)), object)
             flat = registers.reshape(-1)  # register n of warp w: rows 16 * n + 4 * w + (0, 1, 2, 3)
-            first = add(mul(scalar(block), BLOCK_TOKENS), mul(lane.warp, GATHER_ROWS))
-            row = add(gmem(indices), mul(wide(scalar(item)), 4 * scope.topk))
-            address = add(row, mul(wide(first), 4))
+            first = add(mul(lanes.scalar(block), BLOCK_TOKENS), mul(lane.warp, GATHER_ROWS))
+            row = add(lanes.gmem(indices), mul(lanes.wide(lanes.scalar(item)), 4 * scope.topk))
+            address = add(row, mul(lanes.wide(first), 4))
             stride = BLOCK_TOKENS // flat.size
             for n in range(flat.size):
                 quad = None
                 for k in range(GATHER_ROWS):
-                    counts = less(add(first, stride * n + k), scalar(length))
+                    counts = lanes.less(add(first, stride * n + k), lanes.scalar(length))
                     text = f"{{ mov.b32 $0, -1; @$1 ld.global.nc.b32 $0, [$2+{4 * (stride * n + k)}]; }}"
                     slot = asm(text, "=&r,b,l", counts, address, result="i32")
                     if quad is None:
@@ -231,25 +203,25 @@ class GatherHardware(Gather, dequant.SparseHardware):
         return load(indices, item, block, length)
 
     def load_scales(self, data, slots, scope: Scope) -> tuple[jax.Array, ...]:
-        """A row's scales as int32 [64] words in BLOCK_ROW layout: two words of e8m0, or four of float32."""
+        """A row's scales as int32 [64] words in `lanes.BLOCK_ROW` layout: two words of e8m0, or four of float32."""
         if not scope.fmt.is_quantized or scope.scale_record != 0:
             return super().load_scales(data, slots, scope)
-        word = plgpu.ShapeDtypeStruct((BLOCK_TOKENS,), jnp.dtype(jnp.int32), BLOCK_ROW)
+        word = plgpu.ShapeDtypeStruct((BLOCK_TOKENS,), jnp.dtype(jnp.int32), lanes.BLOCK_ROW)
         count = scope.fmt.num_scales
 
-        @plgpu.inline_mgpu(arg_types=(REF, BLOCK_ROW), return_type=(word,) * count)
+        @plgpu.inline_mgpu(arg_types=(REF, lanes.BLOCK_ROW), return_type=(word,) * count)
         def load(_, data, slots):
             words = []
-            for slot in row_values(slots):
-                row, _ = row_address(data, slot, scope)
+            for slot in lanes.row_values(slots):
+                row, _ = lanes.row_address(data, slot, scope)
                 names = [f"${n}" for n in range(count)]
                 text = "{ " + " ".join(f"mov.b32 {name}, 0;" for name in names)
                 text += f" @${count} ld.global.nc.v{count}.b32 {{{', '.join(names)}}}, "
                 text += f"[${count + 1}+{scope.scale_offset_bytes}]; }}"
                 struct = f"!llvm.struct<({', '.join(['i32'] * count)})>"
-                loaded = asm(text, "=&r," * count + "b,l", is_key(slot, scope), row, result=struct)
-                words.append(fields(loaded, [i32()] * count))
-            return tuple(row_array([w[k] for w in words]) for k in range(count))
+                loaded = asm(text, "=&r," * count + "b,l", lanes.is_key(slot, scope), row, result=struct)
+                words.append(lanes.fields(loaded, [i32()] * count))
+            return tuple(lanes.row_array([w[k] for w in words]) for k in range(count))
 
         return tuple(load(data, slots))
 
@@ -257,7 +229,7 @@ class GatherHardware(Gather, dequant.SparseHardware):
         """Once a block's rows have landed in stage `number`: keys and mask, visible to tcgen05 after a barrier.
 
         Args:
-          slots, scales: in BLOCK_ROW layout, of `load_slots` and `load_scales`.
+          slots, scales: in `lanes.BLOCK_ROW` layout, of `load_slots` and `load_scales`.
           rows: float32 `[STAGES, 64]` in shared memory: the mask.
         """
         fmt = scope.fmt
@@ -265,8 +237,8 @@ class GatherHardware(Gather, dequant.SparseHardware):
 
         @plgpu.inline_mgpu(
             arg_types=(
-                BLOCK_ROW,
-                (BLOCK_ROW,) * len(scales),
+                lanes.BLOCK_ROW,
+                (lanes.BLOCK_ROW,) * len(scales),
                 [(KEY_TILES, RAW_TILES, KEY_TILES)] * len(stages),
                 REF,
                 SPLAT,
@@ -274,44 +246,44 @@ class GatherHardware(Gather, dequant.SparseHardware):
         )
         def finish(_, slots, scales, buffers, rows, number):
             lane = Lane()
-            number = scalar(number)
-            bias = add(smem(rows), mul(number, 4 * BLOCK_TOKENS))
+            number = lanes.scalar(number)
+            bias = add(lanes.smem(rows), mul(number, 4 * BLOCK_TOKENS))
             bias = add(bias, mul(add(mul(lane.warp, GROUP_ROWS), lane.row), 4))
-            for k, slot in enumerate(row_values(slots)):
-                mask = arith.select(is_key(slot, scope), const(0, i32()), const(MINUS_INFINITY, i32()))
+            for k, slot in enumerate(lanes.row_values(slots)):
+                mask = arith.select(lanes.is_key(slot, scope), const(0, i32()), const(lanes.MINUS_INFINITY, i32()))
                 asm(f"st.shared.b32 [$0+{128 * k}], $1;", "r,r", bias, mask)
             if fmt.is_quantized:
                 latent, raw, rope = self._addresses(buffers, number)
-                words = [row_values(s) for s in scales]
+                words = [lanes.row_values(s) for s in scales]
                 self._arrange_rope(lane, rope, fmt)
-                for k in range(GROUPS_PER_WARP):
+                for k in range(lanes.GROUPS_PER_WARP):
                     chunks = self._read_raw(lane, raw, k, fmt)
                     mosaic.utils.warpgroup_barrier()  # all warps hold the half's bytes: they may be overwritten
                     even = self._key_address(lane, lane.group_at(latent, k, fmt.d_nope))
-                    dequantize_latent(even, chunks, scale_values([w[k] for w in words], fmt), fmt)
+                    lanes.dequantize_latent(even, chunks, lanes.scale_values([w[k] for w in words], fmt), fmt)
             asm("fence.proxy.async.shared::cta;")
 
         finish(slots, tuple(scales), buffers, rows, number)
 
     def _addresses(self, buffers, number):
         """Shared-memory addresses of the buffers of stage `number`."""
-        found = [smem(ref) for ref in buffers[0]]
+        found = [lanes.smem(ref) for ref in buffers[0]]
         for n, refs in enumerate(buffers[1:], 1):
-            here = equal(number, n)
-            found = [arith.select(here, smem(ref), other) for ref, other in zip(refs, found, strict=True)]
+            here = lanes.equal(number, n)
+            found = [arith.select(here, lanes.smem(ref), other) for ref, other in zip(refs, found, strict=True)]
         return found
 
     def _arrange_rope(self, lane, rope, fmt):
         """RoPE rows of the warp's groups, as plain bytes, to tiles in the same memory. A lane a chunk."""
         row_bytes = 2 * fmt.d_rope
-        lanes = const(row_bytes // CHUNK_BYTES, i32())  # a row
-        row, chunk = arith.divui(lane.lane, lanes), arith.remui(lane.lane, lanes)
-        groups = [lane.group_at(rope, k, fmt.d_rope) for k in range(GROUPS_PER_WARP)]
+        lanes_of_a_row = const(row_bytes // CHUNK_BYTES, i32())
+        row, chunk = arith.divui(lane.lane, lanes_of_a_row), arith.remui(lane.lane, lanes_of_a_row)
+        groups = [lane.group_at(rope, k, fmt.d_rope) for k in range(lanes.GROUPS_PER_WARP)]
         rows_at_once = mgpu.WARP * CHUNK_BYTES // row_bytes
         source = add(mul(row, row_bytes), mul(chunk, CHUNK_BYTES))
         steps = range(GROUP_ROWS // rows_at_once)
-        words = [[load16(add(g, source), n * rows_at_once * row_bytes) for n in steps] for g in groups]
-        sync_warp()  # every lane holds its bytes: they may be overwritten
+        words = [[lanes.load16(add(g, source), n * rows_at_once * row_bytes) for n in steps] for g in groups]
+        lanes.sync_warp()  # every lane holds its bytes: they may be overwritten
         tile_chunks = KEY_TILE_BYTES // CHUNK_BYTES
         tile, within = arith.divui(chunk, const(tile_chunks, i32())), arith.remui(chunk, const(tile_chunks, i32()))
         for group, group_words in zip(groups, words, strict=True):
@@ -319,16 +291,16 @@ class GatherHardware(Gather, dequant.SparseHardware):
                 group_row = add(row, n * rows_at_once)
                 place = arith.xori(within, arith.divui(group_row, const(2, i32())))
                 at = add(mul(tile, GROUP_ROWS * KEY_TILE_BYTES), mul(group_row, KEY_TILE_BYTES))
-                store16(add(group, add(at, mul(place, CHUNK_BYTES))), 0, group_words[n])
+                lanes.store16(add(group, add(at, mul(place, CHUNK_BYTES))), 0, group_words[n])
 
     def _read_raw(self, lane, raw, k, fmt):
         """The lane's chunks of its row of the warp's k-th group: one of each 64 latent columns."""
         width = raw_row_bytes(fmt)
         group = add(raw, mul(add(lane.warp, 4 * k), GROUP_ROWS * width))
         group = add(group, (raw_rows(fmt) - BLOCK_TOKENS) * width)
-        places = [lane.swizzled(group, add(lane.chunk, LANE_CHUNKS * half)) for half in range(2)]
+        places = [lane.swizzled(group, add(lane.chunk, lanes.LANE_CHUNKS * half)) for half in range(2)]
         tile_bytes = GROUP_ROWS * RAW_TILE_BYTES
-        return [load16(places[n % 2], tile_bytes * (n // 2)) for n in range(fmt.d_nope // COLUMN_TILE)]
+        return [lanes.load16(places[n % 2], tile_bytes * (n // 2)) for n in range(fmt.d_nope // COLUMN_TILE)]
 
     def _key_address(self, lane, group):
         """Where the bf16 values of the lane's first chunk go: columns 16 * chunk.. of the group, in tiles of 32."""
@@ -350,7 +322,7 @@ class GatherHardware(Gather, dequant.SparseHardware):
             mine = values[0]
             for value in values[1:]:
                 mine = arith.ori(mine, value)
-            flag = arith.xori(equal(mine, 0), const(1, ir.IntegerType.get_signless(1)))
+            flag = arith.xori(lanes.equal(mine, 0), const(1, ir.IntegerType.get_signless(1)))
             text = f"barrier.red.or.pred p, {VOTE_BARRIER}, {mgpu.WARPGROUP}, $1; selp.b32 $0, 1, 0, p;"
             any_flag = asm(f"{{ .reg .pred p; {text} }}", "=r,b", flag, result="i32")
             return mosaic.FragmentedArray.splat(any_flag, (), is_signed=True)
