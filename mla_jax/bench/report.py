@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable
+import statistics
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from mla_jax.bench.workloads import SUITES
@@ -117,34 +118,48 @@ def _percent(x: float | None) -> str:
     return "-" if x is None else f"{100 * x:.0f} %"
 
 
-def markdown(run: Run, results: Iterable[Result]) -> str:
-    """A results file as Markdown: a line about the run, then the table."""
+def _table(run: Run, results: Iterable[Result]) -> str:
+    """Results as a Markdown table."""
+    lines = [COLUMNS, ("---",) + ("---:",) * (len(COLUMNS) - 1), *rows(run, results)]
+    return "".join("| " + " | ".join(row) + " |\n" for row in lines)
+
+
+def _head(run: Run) -> str:
+    """A line about the run, in Markdown."""
     peer = f"; peer: {run.peer}" if run.peer else ""
-    head = (
+    return (
         f"{run.device}, jax {run.jax}{peer}. Ceilings in the same run: DRAM reads {run.dram_gb_s:.0f} GB/s, "
         f"bf16 matmul {run.matmul_tflop_s:.0f} TFLOP/s. `{run.command}`\n"
     )
-    table = [COLUMNS, ("---",) + ("---:",) * (len(COLUMNS) - 1), *rows(run, results)]
-    return head + "\n" + "".join("| " + " | ".join(row) + " |\n" for row in table)
+
+
+def _summary(suite: str, results: Sequence[Result]) -> str:
+    """A suite in a line: how many cases, and the range and the geometric mean of the ratios."""
+    ratios = [r.ratio for r in results if r.ratio is not None]
+    text = f"{suite}: {len(results)} case{'' if len(results) == 1 else 's'}"
+    if not ratios:
+        return text
+    mean = statistics.geometric_mean(ratios)
+    return f"{text}, ratio {min(ratios):.2f} to {max(ratios):.2f}, geometric mean {mean:.2f}"
 
 
 def readme_section(root: Path) -> str:
-    """The README's results, from every file of docs/results in the repository at `root`, in the suites' order."""
+    """The README's results, from every file of docs/results in the repository at `root`: a fold for each suite."""
     files = sorted((root / RESULTS).glob("*.jsonl"))
     if not files:
         return "No results are recorded yet.\n"
-    suite_of = {w.name: suite for suite, workloads in SUITES.items() for w in workloads}
-    order = list(suite_of)
     sections = []
     for file in files:
         run, results = loads(file.read_text())
-        for regime in ("graph", "isolated"):
-            chosen = [r for r in results if r.regime == regime and r.workload in suite_of]
-            chosen.sort(key=lambda r: order.index(r.workload))
-            if chosen:
-                names = ", ".join(dict.fromkeys(suite_of[r.workload] for r in chosen))
-                link = f"[{file.name}]({(RESULTS / file.name).as_posix()})"
-                sections.append(f"#### {names}, regime `{regime}` ({link})\n\n{markdown(run, chosen)}")
+        of = {(r.workload, r.regime): r for r in results}
+        for regime in dict.fromkeys(r.regime for r in results):
+            link = f"[{file.name}]({(RESULTS / file.name).as_posix()})"
+            sections.append(f"#### {link}, regime `{regime}`\n\n{_head(run)}")
+            for suite, workloads in SUITES.items():
+                chosen = [of[w.name, regime] for w in workloads if (w.name, regime) in of]
+                if chosen:
+                    summary = f"<summary>{_summary(suite, chosen)}</summary>"
+                    sections.append(f"<details>{summary}\n\n{_table(run, chosen)}\n</details>\n")
     return "\n".join(sections)
 
 

@@ -57,6 +57,7 @@ def test_readme_section(tmp_path):
     assert "NVIDIA H100, jax 0.11.2; peer: p 1" in section and "3000 GB/s" in section
     assert "| dense-b128-sq1-h16-sk4096 | 200.0 | 199.0 | 210.0 | 1.05 | 91 | 3040 | 101 % | 12 % |" in section
     assert "docs/results/h100.jsonl" in section
+    assert "<summary>dense: 2 cases, ratio 1.05 to 1.05, geometric mean 1.05</summary>" in section
 
 
 def test_markers():
