@@ -75,7 +75,8 @@ def measure(
         partial = jax.device_put(jnp.ones((b, 1, h, fmt.d_v), jnp.float32), ds.sharding(P()))
         body = lambda out, lse: ops._merge(ds, out, lse, None, jnp.bfloat16)[0]  # noqa: E731
         merge = jax.jit(jax.shard_map(body, mesh=mesh, in_specs=P(), out_specs=P(), check_vma=False))
-        merge_s = seconds(lambda: merge(partial, partial[..., 0]))
+        partial_lse = jax.block_until_ready(partial[..., 0])
+        merge_s = seconds(lambda: merge(partial, partial_lse))
     return step_s, merge_s, np.asarray(out, np.float32)
 
 
