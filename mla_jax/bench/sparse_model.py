@@ -28,7 +28,7 @@ from mla_jax.bench.workloads import Sparse
 from pallas_kernels import schedule
 from pallas_kernels.formats import KVFormat
 from pallas_kernels.sparse_decode import gather
-from pallas_kernels.sparse_decode.config import BLOCK_TOKENS, STAGES, TILE_HEADS, Scope
+from pallas_kernels.sparse_decode.config import BLOCK_TOKENS, STAGES, TILE_HEADS, Scope, sm100_heuristic
 
 WAIT_US = 3.266  # fitted: v32-b128-sq2-h128-topk2048, 398.5 us on an H200 (tests/bench/h200_times.jsonl)
 # An empty kernel of a CUDA graph takes 0.8 to 1.1 us on an H100; the combine kernel KERNEL_US for 16384 rows.
@@ -57,6 +57,8 @@ INSTRUCTIONS = {
     # Loops of copies and products hold code for both stages, of which a block runs half.
     ("sm100", "V32"): Instructions(363, 1143 // 2, 913, 851 // 2),
     ("sm100", "MODEL1"): Instructions(393, 721 // 2, 862, 828 // 2),
+    ("sm100, 128 heads", "V32"): Instructions(448, 399 // 2, 911, 655 // 2),
+    ("sm100, 128 heads", "MODEL1"): Instructions(465, 400 // 2, 860, 848 // 2),
 }
 
 
@@ -115,17 +117,16 @@ def sm90_block(fmt: KVFormat) -> Block:
 
 
 def sm100_block(fmt: KVFormat, heads: int = TILE_HEADS) -> Block:
-    """`sparse_decode/sm100.py`: 64 heads. With 128, the design that docs/sm100.md weighs: two CTAs, Q half in TMEM."""
+    """`sparse_decode/sm100.py`: 64 heads. With 128, `sm100_pair.py`: two CTAs, more than half of Q, and P, in TMEM."""
     raw_row_bytes = gather.raw_row_bytes(fmt) + 2 * fmt.d_rope
-    count = INSTRUCTIONS["sm100", fmt.name]
     if heads == TILE_HEADS:
         # A product of 64 rows is two, one for each half of its columns: both read the rows. V in groups of 128 columns.
         scores = (2 * TILE_HEADS + BLOCK_TOKENS) * fmt.d_qk * 2
         values = (fmt.d_v // 128 * 2 * TILE_HEADS + fmt.d_v) * BLOCK_TOKENS * 2
         p = TILE_HEADS * BLOCK_TOKENS * 2
+        count = INSTRUCTIONS["sm100", fmt.name]
         return _block(heads, 1, fmt, model.B200, count, model.B200.tensor_flop / 2, scores, values, p, raw_row_bytes)
-    # Twice the scores a thread.
-    count = dataclasses.replace(count, softmax=2 * count.softmax)
+    count = INSTRUCTIONS["sm100, 128 heads", fmt.name]
     scores = (heads * fmt.d_v // 2 + BLOCK_TOKENS * fmt.d_qk) * 2
     values = BLOCK_TOKENS * fmt.d_v // 2 * 2
     return _block(heads, 2, fmt, model.B200, count, model.B200.tensor_flop, scores, values, 0, raw_row_bytes)
@@ -133,7 +134,9 @@ def sm100_block(fmt: KVFormat, heads: int = TILE_HEADS) -> Block:
 
 def block_of(workload: Sparse, gpu: Gpu) -> Block:
     """What the kernel that dispatch would pick spends on a block."""
-    return sm90_block(workload.fmt) if gpu.major == 9 else sm100_block(workload.fmt)
+    if gpu.major == 9:
+        return sm90_block(workload.fmt)
+    return sm100_block(workload.fmt, sm100_heuristic(workload.fmt, workload.h).tile_heads)
 
 
 def predict(workload: Sparse, gpu: Gpu, block: Block | None = None) -> Prediction:

@@ -23,7 +23,9 @@ def configurations(arch: str) -> dict[str, tuple[Callable, tuple[Any, ...]]]:
     if capability(arch)[0] not in sparse_decode.MODULES:
         return {}
     _case = functools.partial(_call, capability(arch))
-    return {
+    # SM100 has a kernel of its own for 128 heads.
+    both_tiles = {"sparse-v32-h64": _case(V32, None, 64), "sparse-model1-model1-h128": _case(MODEL1, MODEL1, 128)}
+    return (both_tiles if capability(arch)[0] == 10 else {}) | {
         "sparse-v32-h128": _case(V32, None, 128),
         "sparse-model1-model1-h64": _case(MODEL1, MODEL1, 64),
         "sparse-v32-bf16-h16": _case(V32, BF16_576, 16),

@@ -8,6 +8,7 @@ from pallas_kernels import formats
 from pallas_kernels.formats import KVFormat
 
 TILE_HEADS = 64  # query heads of one CTA: the rows of a wgmma
+PAIR_HEADS = 128  # query heads of two CTAs (sm100_pair.py)
 BLOCK_TOKENS = 64  # keys of one stage
 STAGES = 2  # dequantised blocks in shared memory
 CHUNK_BYTES = 16  # what one lane copies, reads and writes at a time
@@ -49,25 +50,34 @@ def heuristic(fmt: KVFormat, num_heads: int) -> SparseConfig:
 
 @dataclasses.dataclass(frozen=True)
 class SparseConfigSm100:
-    """The same for the SM100 kernel. Its 512 threads have 128 registers each: that is what its loops want, see
-    docs/sparse-decode.md.
+    """The same for the SM100 kernels.
 
     Attributes:
       rescale_threshold: by how much a row's maximum score, as a base-2 logarithm, may grow before O is rescaled.
         Probabilities are then at most 2 to that power, which changes nothing but the last bits of float32 sums.
+      tile_heads: query heads of one CTA, 64, or of two, 128 (sm100_pair.py).
+      redistribute: whether warpgroups of tiles of 64 heads pass registers to each other (setmaxnreg); pairs always do.
     """
 
     rescale_threshold: float = 8.0
+    tile_heads: int = TILE_HEADS
+    redistribute: bool = False
 
     def __post_init__(self) -> None:
+        if self.tile_heads not in (TILE_HEADS, PAIR_HEADS):
+            raise ValueError(f"tile_heads must be {TILE_HEADS} or {PAIR_HEADS}, got {self.tile_heads}")
         if not 0 <= self.rescale_threshold <= 16:
             raise ValueError(f"rescale_threshold must be in [0, 16], got {self.rescale_threshold}")
 
 
 def sm100_heuristic(fmt: KVFormat, num_heads: int) -> SparseConfigSm100:
-    """The one configuration. Compiled and interpreted, not run."""
-    del fmt, num_heads
-    return SparseConfigSm100()
+    """Tiles of 128 heads where they are as many CTAs as tiles of 64, for which plans are made."""
+    # With setmaxnreg, ptxas makes 14 stack accesses a block instead of 49 (BF16_512), 14 instead of 16 (MODEL1), 27
+    # instead of 79 (BF16_576 with V32), but 19 instead of 1 (V32).
+    return SparseConfigSm100(
+        tile_heads=TILE_HEADS if -(-num_heads // TILE_HEADS) % 2 else PAIR_HEADS,
+        redistribute=not (fmt.is_quantized and fmt.d_v <= fmt.d_nope),
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,7 +25,8 @@ Scales are loaded a block ahead, straight to registers. `value = bf16(e4m3 * sca
 | `load_scales` | predicated loads in the layout of a lane's rows | plain loads |
 | `finish_keys` | `raw` to `latent`, `raw_rope` to `rope`, and the mask, by PTX | jax.numpy |
 | `any_row` | `barrier.red.or` of the warpgroup | `jnp.max` |
-| `store_rows`, `store_row_values` | as on SM90 (dequant.py) | as on SM90 |
+| `any_positive` | a vote of the warpgroup (mgpu.py) | `jnp.max` |
+| `store_rows`, `store_row_values` | as on SM90 (mgpu.py); of 128 rows, 16 bytes a thread | plain stores |
 
 The gathers themselves (`start_gather`), all barriers, products and tensor memory are the same on both sides.
 """
@@ -55,7 +56,10 @@ from pallas_kernels.sparse_decode.config import (
     CHUNK_BYTES,
     COLUMN_TILE,
     GROUP_ROWS,
+    MAX_REGISTERS,
+    PAIR_HEADS,
     STAGES,
+    TILE_HEADS,
     Scope,
 )
 from pallas_kernels.sparse_decode.lanes import REF, SPLAT, Lane, add, const, i32, mul
@@ -69,6 +73,7 @@ VOTE_BARRIER = 8  # a named barrier that Mosaic does not use
 MASKED = -float("inf")
 
 INDICES = plgpu.Layout.TMA_INDICES
+NATIVE = plgpu.Layout.TCGEN05_TMEM_NATIVE  # one row of 128 a thread
 KEY_TILES = plgpu.RefType(mgpu.tile((GROUP_ROWS, KEY_TILE_BYTES // 2), swizzle_bytes=KEY_TILE_BYTES).transforms)
 RAW_TILES = plgpu.RefType(mgpu.tile((GROUP_ROWS, RAW_TILE_BYTES), jnp.uint8, RAW_TILE_BYTES).transforms)
 
@@ -139,6 +144,13 @@ def rows_of(slots: jax.Array, scope: Scope) -> jax.Array:
         rows = page * (scope.page_bytes // scope.row_bytes) + (slots - page * scope.page_size)
     is_row = (slots >= 0) & (slots < min(scope.num_slots, 2**31 - 1))
     return jnp.where(is_row, rows, jnp.full_like(rows, -1)).astype(jnp.uint32)
+
+
+def set_registers(count: int) -> None:
+    """Registers a thread of the calling warpgroup, of four."""
+    launched = MAX_REGISTERS // 4
+    if count != launched:  # the wrong direction is an illegal instruction
+        plgpu.set_max_registers(count, action="increase" if count > launched else "decrease")
 
 
 # -- the two tables ----------------------------------------------------------------------------------------------
@@ -330,8 +342,64 @@ class GatherHardware(Gather, dequant.SparseHardware):
         return vote(flags)
 
 
+    def store_rows(self, x, *, out, index, tile, column, num_rows: int) -> None:
+        """As on SM90; of 128 rows, a row a thread (NATIVE layout), `column` may be traced."""
+        if x.shape[0] == TILE_HEADS:
+            super().store_rows(x, out=out, index=index, tile=tile, column=column, num_rows=num_rows)
+            return
+        width, size = out.shape[-1], jnp.dtype(out.dtype).itemsize
+
+        @plgpu.inline_mgpu(arg_types=(NATIVE, REF, SPLAT, SPLAT, SPLAT))
+        def store(_, x, out, index, tile, column):
+            place, exists = _native_row(index, tile, num_rows)
+            address = add(add(gmem(out), mul(place, width * size)), wide(mul(scalar(column), size)))
+            words = []  # of 4 bytes; a register of x is two columns
+            for register in x.registers.reshape(-1):
+                pair = mosaic.utils.bitcast(register, ir.VectorType.get((size // 2,), i32()))
+                words += [vector.extract(pair, dynamic_position=[], static_position=[k]) for k in range(size // 2)]
+            for n in range(0, len(words), 4):
+                text = f"@$0 st.global.v4.b32 [$1+{4 * n}], {{$2, $3, $4, $5}};"
+                asm(text, "b,l,r,r,r,r", exists, address, *words[n : n + 4])
+
+        store(x.astype(out.dtype), out, index, tile, jnp.asarray(column, jnp.int32))
+
+    def store_row_values(self, x, *, out, index, tile, num_rows: int) -> None:
+        """The same of one float32 a row."""
+        if x.shape[0] == TILE_HEADS:
+            super().store_row_values(x, out=out, index=index, tile=tile, num_rows=num_rows)
+            return
+
+        @plgpu.inline_mgpu(arg_types=(NATIVE.reduce(1), REF, SPLAT, SPLAT))
+        def store(_, x, out, index, tile):
+            place, exists = _native_row(index, tile, num_rows)
+            (value,) = x.registers.reshape(-1)
+            value = vector.extract(value, dynamic_position=[], static_position=[0])
+            asm("@$0 st.global.f32 [$1], $2;", "b,l,f", exists, add(gmem(out), mul(place, 4)), value)
+
+        store(x, out, index, tile)
+
+
+def _native_row(index, tile, num_rows: int) -> tuple[ir.Value, ir.Value]:
+    """The calling thread's row of a tile of 128, in all rows of all items, 64 bits; and whether there is such a row."""
+    lane = Lane()
+    row = add(mul(scalar(tile), PAIR_HEADS), add(mul(lane.warp, mgpu.WARP), lane.lane))
+    return add(mul(wide(scalar(index)), num_rows), wide(row)), less(row, num_rows)
+
+
 class GatherInterpreted(Gather, dequant.SparseInterpreted):
     """The same in plain jax.numpy."""
+
+    def store_rows(self, x, *, out, index, tile, column, num_rows):
+        def store(first, count):
+            out[index, pl.ds(first, count), pl.ds(column, x.shape[1])] = x[:count].astype(out.dtype)
+
+        _store_tile(store, x.shape[0], tile, num_rows)
+
+    def store_row_values(self, x, *, out, index, tile, num_rows):
+        def store(first, count):
+            out[index, pl.ds(first, count)] = x[:count]
+
+        _store_tile(store, x.shape[0], tile, num_rows)
 
     def copy_indices(self, indices, item, block, length, scope):
         return self.load_slots(indices, item, block, length, scope)
@@ -373,6 +441,14 @@ class GatherInterpreted(Gather, dequant.SparseInterpreted):
 
     def any_row(self, flags):
         return jnp.max(flags)
+
+
+def _store_tile(store: Callable[[Any, int], None], tile_rows: int, tile: Any, num_rows: int) -> None:
+    """store(first row, how many) for the rows of a tile that exist."""
+    whole, rest = divmod(num_rows, tile_rows)
+    pl.when(tile < whole)(lambda: store(tile * tile_rows, tile_rows))
+    if rest:
+        pl.when(tile == whole)(lambda: store(whole * tile_rows, rest))
 
 
 GATHER_HARDWARE = GatherHardware()

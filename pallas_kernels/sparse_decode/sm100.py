@@ -34,10 +34,12 @@ most 2 to that power instead of 1, which float32 sums do not mind, and most bloc
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
@@ -46,21 +48,23 @@ from jax import lax
 from pallas_kernels import mgpu
 from pallas_kernels.formats import KVFormat
 from pallas_kernels.mgpu import WGMMA, WGMMA_ROW, rows_to_tile
-from pallas_kernels.sparse_decode import gather, work
+from pallas_kernels.sparse_decode import gather, sm100_pair, work
 from pallas_kernels.sparse_decode.config import (
     BLOCK_TOKENS,
+    PAIR_HEADS,
     STAGES,
     TILE_HEADS,
+    SparseConfigSm100,
     sm100_heuristic,
 )
 from pallas_kernels.sparse_decode.gather import for_stage
-from pallas_kernels.sparse_decode.work import each_block, final_factor, pieces_of_part
+from pallas_kernels.sparse_decode.work import LOWEST, each_block, final_factor, pieces_of_part
 
 SOFTMAX, KEY, COPY, MULTIPLY = range(4)  # warpgroups
 SCORES, VALUES = range(2)  # warps of the last one
 WGMMA_COLUMN = WGMMA.reduce(0)  # a product of 64 rows lies in registers as a wgmma's does
+REGISTERS = (200, 128, 96, 88)  # a thread, of each, if they are redistributed
 ACC_COLUMNS = 128  # of one accumulator at most: 64 registers a thread when it is rescaled
-LOWEST = -3.0e38  # below any score, and finite: exp2(-inf - LOWEST) is 0, not NaN
 
 
 def value_parts(fmt: KVFormat) -> list[tuple[str, int, int]]:
@@ -299,8 +303,14 @@ def _run(call, **scratch):
             "q stages p s o full empty s_ready s_free p_ready pv_done q_ready q_free",
         ),
     }
+
+    def play(number, role, names):
+        if call.config.redistribute:
+            gather.set_registers(REGISTERS[number])
+        role(call, **{name: scratch[name] for name in names.split()})
+
     for number, (role, names) in roles.items():
-        pl.when(wg == number)(functools.partial(role, call, **{name: scratch[name] for name in names.split()}))
+        pl.when(wg == number)(functools.partial(play, number, role, names))
 
 
 KERNEL = work.Kernel(
@@ -312,4 +322,25 @@ KERNEL = work.Kernel(
     num_warpgroups=4,
 )
 
-sparse_decode = functools.partial(work.sparse_decode, KERNEL)
+
+
+def _run_pair(call, **scratch):
+    """One CTA of two that share a tile of 128 heads."""
+    sm100_pair.run(call, _key_warpgroup, _copy_warpgroup, **scratch)
+
+
+PAIR_KERNEL = dataclasses.replace(
+    KERNEL,
+    scratch_types=lambda fmt, ops: sm100_pair.scratch_types(fmt),
+    run=_run_pair,
+    q_row_align=PAIR_HEADS,
+)
+
+
+def sparse_decode(
+    q: jax.Array, cache_data: jax.Array, fmt: KVFormat, *args, config: SparseConfigSm100 | None = None, **options
+) -> tuple[jax.Array, jax.Array]:
+    """`work.sparse_decode` with the kernel for the tiles that `config` wants."""
+    config = config or sm100_heuristic(fmt, q.shape[2])
+    kernel = PAIR_KERNEL if config.tile_heads == PAIR_HEADS else KERNEL
+    return work.sparse_decode(kernel, q, cache_data, fmt, *args, config=config, **options)

@@ -23,6 +23,7 @@ from pallas_kernels.schedule import SplitPlan
 from pallas_kernels.sparse_decode.config import BLOCK_TOKENS, TILE_HEADS, Scope
 
 Q_ROW_ALIGN = 8  # a TMA copy into swizzled memory begins at a multiple of 8 rows
+LOWEST = -3.0e38  # below any score, and finite: exp2(-inf - LOWEST) is 0, not NaN
 
 
 def round_up(x: int, to: int) -> int:
@@ -91,20 +92,23 @@ def each_block(parts, pieces, lengths, scopes, prepare, run):
     pieces_of_part(parts, pieces, lengths, piece)
 
 
-def final_factor(top, total, sink, siblings, tile):
-    """What the accumulators of a piece are multiplied by at the end, and its base-2 LSE: two [64].
+def final_factor(top, total, sink, siblings, tile, layout=mgpu.WGMMA_ROW):
+    """What the accumulators of a piece are multiplied by at the end, and its base-2 LSE: two [rows of a tile].
 
     Args:
-      top, total: float32 [64]: what scores were reduced by before exp2, and the sum of weights; 0 without any key.
+      top, total: float32 [rows]: what scores were reduced by before exp2, and the sum of weights; 0 without any key.
       sink: float32 `[tiles * 64]` in global memory, or None. Items of several pieces get it when they are merged.
       siblings: int32 [], pieces of the item.
+      tile: number of the tile of heads.
+      layout: of top and total.
     """
+    rows = top.shape[0]
     has_keys = total != 0  # NaN counts as a key
     some = jnp.where(has_keys, total, 1.0)
     factor = jnp.where(has_keys, 1.0 / some, 0.0)
     lse2 = jnp.where(has_keys, top + jnp.log2(some), -jnp.inf)
     if sink is not None:
-        logit = plgpu.load(sink.at[pl.ds(tile * TILE_HEADS, TILE_HEADS)], layout=mgpu.WGMMA_ROW, optimized=False)
+        logit = plgpu.load(sink.at[pl.ds(tile * rows, rows)], layout=layout, optimized=False)
         with_sink = factor / (1.0 + jnp.exp2(logit * mgpu.LOG2_E - lse2))
         whole = lax.broadcast_in_dim(siblings == 1, factor.shape, [])
         factor = jnp.where(whole & has_keys, with_sink, factor)
@@ -151,6 +155,7 @@ class Kernel:
       view: (cache array, scope) -> the array that the kernel gets.
       run: (work, **scratch): one CTA, all warpgroups.
       num_warpgroups: how many.
+      q_row_align: an item's rows of Q begin at a multiple of it.
     """
 
     heuristic: Callable[[KVFormat, int], Any]
@@ -159,6 +164,7 @@ class Kernel:
     view: Callable[[jax.Array, Scope], jax.Array]
     run: Callable[..., None]
     num_warpgroups: int
+    q_row_align: int = Q_ROW_ALIGN
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,6 +177,7 @@ class Work:
       parts, pieces: of the plan.
       data, indices: of each scope: what `Kernel.view` made, and int32 `[items, topk]`.
       lengths: of each scope: item -> how many indices count.
+      q_rows: rows of `q` an item.
     """
 
     q: Any
@@ -187,11 +194,7 @@ class Work:
     num_heads: int
     config: Any
     ops: Any
-
-    @property
-    def q_rows(self) -> int:
-        """Rows of `q` an item."""
-        return round_up(self.num_heads, Q_ROW_ALIGN)
+    q_rows: int
 
 
 def sparse_decode(
@@ -258,7 +261,7 @@ def sparse_decode(
 
     tiles = -(-num_heads // TILE_HEADS)
     # A tile of heads may reach into the next item's rows; those results go nowhere.
-    q_rows = round_up(num_heads, Q_ROW_ALIGN)
+    q_rows = round_up(num_heads, kernel.q_row_align)
     rows = jnp.pad(q, ((0, 0), (0, 0), (0, q_rows - num_heads), (0, 0))).reshape(items * q_rows, d_qk)
     rows = jnp.pad(rows, ((0, max(0, TILE_HEADS - items * q_rows)), (0, 0)))
     scale = jnp.asarray(sm_scale, jnp.float32).reshape(1)
@@ -278,7 +281,7 @@ def sparse_decode(
         given["lengths"] = [_length(ref, scope.topk) for ref, scope in zip(given["lengths"], scopes, strict=True)]
         work = Work(
             **given, results=Results(refs[len(leaves) :], num_heads, ops), scopes=scopes, fmt=fmt,
-            num_heads=num_heads, config=config, ops=ops,
+            num_heads=num_heads, config=config, ops=ops, q_rows=q_rows,
         )  # fmt: skip
         kernel.run(work, **scratch)
 

@@ -1,24 +1,28 @@
 """The SM100 sparse kernel compiled to machine code, for B200 and B300: instructions, registers, memory."""
 
+import jax
+import jax.experimental.pallas.mosaic_gpu as plgpu
 import pytest
 
 import mla_jax
 from mla_jax.bench.sparse_model import INSTRUCTIONS
 from pallas_kernels import aot, mgpu
-from pallas_kernels.sparse_decode import SparseConfigSm100, gather, sm100
+from pallas_kernels.sparse_decode import SparseConfigSm100, gather, sm100, sm100_pair
+from pallas_kernels.sparse_decode.config import MAX_REGISTERS, sm100_heuristic
 from tests import compiling
 
 FORMATS = {
     "sparse-v32-h128": (mla_jax.V32, None),
+    "sparse-v32-h64": (mla_jax.V32, None),
     "sparse-model1-model1-h64": (mla_jax.MODEL1, mla_jax.MODEL1),
+    "sparse-model1-model1-h128": (mla_jax.MODEL1, mla_jax.MODEL1),
     "sparse-v32-bf16-h16": (mla_jax.V32, mla_jax.BF16_576),
     "sparse-bf16-v32-h96": (mla_jax.BF16_576, mla_jax.V32),
     "sparse-model1-bf16-h1": (mla_jax.MODEL1, mla_jax.BF16_512),
     "sparse-bf16-h64": (mla_jax.BF16_512, None),
 }
-# Stack accesses a round of a hot loop: addresses in tensor memory, mostly, which ptxas loads again every block. In the
-# softmax loop of BF16 with V32 there are 59, 36 of them loads; the other loops have 0 to 12.
-MAX_STACK_ACCESSES = 60
+# Stack accesses a round of a hot loop, by heads of a tile: addresses, mostly, which ptxas loads again every block.
+MAX_STACK_ACCESSES = {64: 12, 128: 3}
 
 
 def gathers(fmt) -> int:
@@ -46,18 +50,25 @@ def test_compiles_well(arch, names):
         assert report.smem_bytes <= mgpu.MAX_SMEM_BYTES
         assert report.registers * 512 <= 65536
         counts = report.counts
-        # Code for each of two stages and each scope; two UTCHMMA for each 16 columns (or keys) of a product.
+        # Code for each of two stages and each scope; for pairs of CTAs also for each half of V.
         assert counts["GATHER4"] == 2 * sum(map(gathers, filter(None, (fmt, extra)))), name
-        products = fmt.d_qk // 16 + len(sm100.value_parts(fmt)) * 64 // 16
-        assert counts["UTCHMMA"] == 2 * 2 * products, name
-        assert counts["UTMALDG"] == counts["GATHER4"] + 1  # and Q
+        tile_heads = sm100_heuristic(fmt, int(name.rpartition("h")[2])).tile_heads
+        if tile_heads == 64:
+            # Two products for each 16 columns (or keys).
+            products, halves = 2 * (fmt.d_qk // 16 + len(sm100.value_parts(fmt)) * 64 // 16), 1
+        else:
+            products, halves = fmt.d_qk // 16 + len(sm100_pair.half_groups(fmt, 0)) * 64 // 16, 2
+            assert report.tmem_columns == (512 if fmt.d_qk == 576 else 480)
+        assert counts["UTCHMMA"] == 2 * halves * products, name
+        assert counts["UTMALDG"] == counts["GATHER4"] + halves  # and Q
         hot = [loop.counts for loop in report.loops if any(loop.counts.get(op) for op in HOT)]
         assert len(hot) >= 5, name
         for loop in hot[:-1]:  # the last one is about pieces, not blocks
-            assert loop.get("LDL", 0) + loop.get("STL", 0) <= MAX_STACK_ACCESSES, (name, loop)
+            assert loop.get("LDL", 0) + loop.get("STL", 0) <= MAX_STACK_ACCESSES[tile_heads], (name, loop)
             if any(loop.get(op) for op in ("UTCHMMA", "GATHER4", "FMUL")):  # products, copies, dequantisation
                 assert loop.get("STL", 0) == 0, (name, loop)
-        if (counted := INSTRUCTIONS.get(("sm100", fmt.name))) is not None:  # of the model of performance
+        design = "sm100" if tile_heads == 64 else "sm100, 128 heads"
+        if (counted := INSTRUCTIONS.get((design, fmt.name))) is not None:  # of the model of performance
             for what, (op, stages) in LOOPS.items():
                 sizes = [loop.instructions // stages for loop in report.loops if loop.counts.get(op)]
                 assert sizes[0] == pytest.approx(getattr(counted, what), rel=0.15), (name, what, sizes)
@@ -78,3 +89,20 @@ def test_values_fit_where_raw_bytes_were(fmt):
 def test_config_names_what_it_accepts():
     with pytest.raises(ValueError, match=r"rescale_threshold must be in \[0, 16\], got 17"):
         SparseConfigSm100(rescale_threshold=17)
+    with pytest.raises(ValueError, match="tile_heads must be 64 or 128, got 96"):
+        SparseConfigSm100(tile_heads=96)
+
+
+def test_registers_are_not_oversubscribed():
+    for registers in (sm100.REGISTERS, sm100_pair.REGISTERS):
+        assert sum(registers) <= MAX_REGISTERS and all(24 <= r <= 240 and r % 8 == 0 for r in registers)
+
+
+@pytest.mark.parametrize("fmt", [mla_jax.V32, mla_jax.MODEL1, mla_jax.BF16_576, mla_jax.BF16_512])
+@pytest.mark.parametrize("design", [sm100, sm100_pair])
+def test_memory_fits(design, fmt):
+    leaves = jax.tree.leaves(design.scratch_types(fmt))
+    tensor = [leaf for leaf in leaves if getattr(leaf, "memory_space", None) == plgpu.TMEM]
+    assert mgpu.smem_bytes([leaf for leaf in leaves if leaf not in tensor]) <= mgpu.MAX_SMEM_BYTES
+    columns = sum(array.shape[1] * array.shape[0] // 128 * array.dtype.itemsize // 4 for array in tensor)
+    assert columns == {sm100: 288, sm100_pair: 512 if fmt.d_qk == 576 else 480}[design]

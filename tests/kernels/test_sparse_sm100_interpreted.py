@@ -1,4 +1,6 @@
-"""The SM100 sparse kernel on Pallas' interpreter: results, and the order of every access to shared and tensor memory.
+"""The SM100 sparse kernels on Pallas' interpreter: results, and the order of every access to shared and tensor memory.
+
+Both designs: a CTA a tile of 64 heads, and two a tile of 128.
 
 There is no such GPU to run on: this and the compiled code (test_sparse_sm100_aot.py) are the proofs. The kernel is the
 shipped one; the tables in gather.py and mgpu.py list what stands in for PTX. What the interpreter does not model, and
@@ -21,10 +23,9 @@ import pytest
 
 import mla_jax
 from pallas_kernels import formats
-from pallas_kernels.sparse_decode import gather, sm100
-from pallas_kernels.sparse_decode.config import Scope
+from pallas_kernels.sparse_decode import gather, sm100, sm100_pair
+from pallas_kernels.sparse_decode.config import TILE_HEADS, Scope, sm100_heuristic
 from tests import golden_files, samples
-from tests.kernels import interpreter
 from tests.kernels.test_sparse_interpreted import PAIRS, check, decode, every_index, golden_call
 
 
@@ -52,10 +53,54 @@ def test_pairs_of_formats(fmt, extra_fmt):
     check(call, module=sm100)
 
 
-@pytest.mark.slow  # 20 s
-def test_maximum_that_grows_and_shrinks():
+def test_pair_of_ctas():
+    """65 heads: both halves of V, rows that do not exist, a pair whose second tile has one head."""
+    check(samples.sparse_call(np.random.default_rng(4), mla_jax.BF16_512, b=1, s_q=1, h=65, topk=70), module=sm100)
+
+
+@pytest.mark.slow  # 30 s each
+@pytest.mark.parametrize("fmt, extra_fmt", [(mla_jax.V32, None), (mla_jax.BF16_576, None), *PAIRS])
+def test_pairs_of_ctas(fmt, extra_fmt):
+    """All formats; 200 heads are two pairs; items in pieces; lengths that leave an item without keys."""
+    h = 200 if extra_fmt is None else 128
+    call = samples.sparse_call(
+        np.random.default_rng(2), fmt, extra_fmt, b=2, s_q=1, h=h, topk=140, extra_topk=70 if extra_fmt else 0
+    )
+    for name in {"topk_length", "extra_topk_length"} & call.keys():
+        call[name] = jnp.asarray(call[name]).at[0].set(0)
+    check(call, module=sm100)
+
+
+@pytest.mark.parametrize(
+    ("heads", "tile_heads"), [(1, 64), (64, 64), (65, 128), (128, 128), (129, 64), (192, 64), (193, 128), (256, 128)]
+)
+def test_choice_of_a_design(heads, tile_heads):
+    chosen = sm100_heuristic(mla_jax.V32, heads).tile_heads
+    assert chosen == tile_heads
+    # As many CTAs as the plan counts on.
+    assert -(-heads // chosen) * (chosen // TILE_HEADS) == -(-heads // TILE_HEADS)
+
+
+@pytest.mark.parametrize("fmt", [mla_jax.V32, mla_jax.MODEL1, mla_jax.BF16_576, mla_jax.BF16_512])
+def test_halves_of_a_key(fmt):
+    """Every column meets its column of Q, once; half h of V is O's columns from h * d_v / 2 on."""
+    for half in range(2):
+        mine, others = (
+            [sm100_pair.q_column(fmt, g) + k for g in groups(fmt, half) for k in range(g[2])]
+            for groups in (sm100_pair.half_groups, sm100_pair.other_groups)
+        )
+        assert mine == list(range(half * fmt.d_v // 2, (half + 1) * fmt.d_v // 2))
+        assert sorted(mine + others) == list(range(fmt.d_qk))
+        for groups in (sm100_pair.half_groups, sm100_pair.other_groups):
+            assert [g[2] for g in groups(fmt, half)] == [g[2] for g in groups(fmt, 0)]
+            assert all(g[1] + g[2] <= (fmt.d_rope if g[0] == "rope" else fmt.d_nope) for g in groups(fmt, half))
+
+
+@pytest.mark.slow  # 20 s, 60 s
+@pytest.mark.parametrize("h", [8, 72])
+def test_maximum_that_grows_and_shrinks(h):
     """O is rescaled in some blocks only: scores of later blocks are far above, just above and below earlier ones."""
-    call = every_index(mla_jax.BF16_512, h=8, topk=448)
+    call = every_index(mla_jax.BF16_512, h=h, topk=448)
     data = np.asarray(call["cache"].data, np.float32)  # [pages, page size, d]
     rng = np.random.default_rng(5)
     indices = rng.permutation(data.shape[0] * data.shape[1])[: 7 * 64 // 8]
@@ -172,6 +217,57 @@ PLANTED = {
     ),
 }  # fmt: skip
 QUICK_PLANTED = (1, 3)
+# Depending on what the threads do first, the detector reports, a stage is read as what it is not, or the barrier
+# protocol breaks.
+FOUND = "saw a race|RACE DETECTED|alias group|no threads observed"
+
+WAIT_FOR_VALUES = """        @pl.when(i > 0)
+        def _():
+            plgpu.barrier_wait(pv_done)  # of the block before: P has been read, O is whole
+
+"""
+PLANTED_IN_PAIR = {
+    "a stage is given back before its values are multiplied": (
+        "            for_stage(number, stages, products)\n            plgpu.tcgen05_commit_arrive(empty.at[number])\n",
+        "            plgpu.tcgen05_commit_arrive(empty.at[number])\n            for_stage(number, stages, products)\n",
+    ),
+    "P is handed over before it is written": (
+        "        plgpu.async_store_tmem(p, probabilities)\n",
+        "",
+        "        plgpu.barrier_arrive(p_ready)\n",
+        "        plgpu.barrier_arrive(p_ready)\n        plgpu.async_store_tmem(p, probabilities)\n"
+        "        plgpu.commit_tmem()\n",
+    ),
+    "P is not committed": (
+        "        plgpu.commit_tmem()\n        plgpu.barrier_arrive(p_ready)\n",
+        "        plgpu.barrier_arrive(p_ready)\n",
+    ),
+    "P is overwritten without waiting for the product that reads it": (
+        WAIT_FOR_VALUES + "        plgpu.async_store_tmem(p, probabilities)\n",
+        "        plgpu.async_store_tmem(p, probabilities)\n" + WAIT_FOR_VALUES,
+    ),
+    "the products do not wait for the keys": (
+        "            plgpu.barrier_wait(full.at[number])\n            plgpu.barrier_wait(s_free)\n"
+        "            for_stage(number, stages, products)\n",
+        "            plgpu.barrier_wait(s_free)\n            for_stage(number, stages, products)\n"
+        "            plgpu.barrier_wait(full.at[number])\n",
+    ),
+    "S is overwritten before it is read": (
+        "        scores = _load(s)  # [128 heads, 64 keys]\n        plgpu.barrier_arrive(s_free)\n",
+        "        plgpu.barrier_arrive(s_free)\n        scores = _load(s)  # [128 heads, 64 keys]\n",
+    ),
+    "the scores do not wait for Q in tensor memory": (
+        "                plgpu.barrier_wait(q_tmem)\n                lax.fori_loop(",
+        "                lax.fori_loop(",
+        "                plgpu.tcgen05_commit_arrive(q_free)\n",
+        "                plgpu.barrier_wait(q_tmem)\n                plgpu.tcgen05_commit_arrive(q_free)\n",
+    ),
+    "Q in shared memory is overwritten while it is read": (
+        "                plgpu.tcgen05_commit_arrive(q_free)\n"
+        "                plgpu.barrier_wait(q_free)  # Q may be overwritten\n",
+        "",
+    ),
+}
 
 
 @pytest.mark.parametrize(
@@ -179,13 +275,27 @@ QUICK_PLANTED = (1, 3)
     [w if n in QUICK_PLANTED else pytest.param(w, marks=pytest.mark.slow) for n, w in enumerate(PLANTED)],
 )
 def test_planted_mistake_is_found(what):
-    source = inspect.getsource(sm100)
-    edits = PLANTED[what]
+    call = every_index(mla_jax.MODEL1, h=4, topk=200)
+    with pytest.raises(Exception, match=FOUND):
+        decode(call, num_sms=1, module=planted(sm100, PLANTED[what]))
+
+
+@pytest.mark.slow  # 15 s each
+@pytest.mark.parametrize("what", PLANTED_IN_PAIR)
+def test_planted_mistake_in_a_pair_is_found(what, monkeypatch):
+    monkeypatch.setattr(sm100, "sm100_pair", planted(sm100_pair, PLANTED_IN_PAIR[what]))
+    call = samples.sparse_call(np.random.default_rng(0), mla_jax.BF16_512, b=2, s_q=1, h=65, topk=200)
+    del call["topk_length"]
+    with pytest.raises(Exception, match=FOUND):
+        decode(call, num_sms=2, module=sm100)
+
+
+def planted(module, edits):
+    """The module with each text of `edits[::2]` replaced by the one behind it."""
+    source = inspect.getsource(module)
     for right, wrong in zip(edits[::2], edits[1::2], strict=True):
         assert source.count(right) == 1, "the kernel has changed; plant the mistake anew"
         source = source.replace(right, wrong)
-    module = types.ModuleType("planted")
-    exec(compile(source, "planted", "exec"), module.__dict__)
-    call = every_index(mla_jax.MODEL1, h=4, topk=200)
-    with pytest.raises(interpreter.RaceFound):
-        decode(call, num_sms=1, module=module)
+    changed = types.ModuleType("planted")
+    exec(compile(source, "planted", "exec"), changed.__dict__)
+    return changed
