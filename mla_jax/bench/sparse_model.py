@@ -58,7 +58,7 @@ INSTRUCTIONS = {
     ("sm100", "V32"): Instructions(363, 1143 // 2, 913, 851 // 2),
     ("sm100", "MODEL1"): Instructions(393, 721 // 2, 862, 828 // 2),
     ("sm100, 128 heads", "V32"): Instructions(448, 399 // 2, 911, 655 // 2),
-    ("sm100, 128 heads", "MODEL1"): Instructions(465, 400 // 2, 860, 848 // 2),
+    ("sm100, 128 heads", "MODEL1"): Instructions(446, 396 // 2, 869, 902 // 2),
 }
 
 

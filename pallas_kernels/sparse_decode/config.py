@@ -72,11 +72,11 @@ class SparseConfigSm100:
 
 def sm100_heuristic(fmt: KVFormat, num_heads: int) -> SparseConfigSm100:
     """Tiles of 128 heads where they are as many CTAs as tiles of 64, for which plans are made."""
-    # With setmaxnreg, ptxas makes 14 stack accesses a block instead of 49 (BF16_512), 14 instead of 16 (MODEL1), 27
-    # instead of 79 (BF16_576 with V32), but 19 instead of 1 (V32).
+    # With setmaxnreg, ptxas makes 14 stack accesses a block instead of 49 (BF16_512), 27 instead of 79 (BF16_576 with
+    # V32), but 19 instead of 1 (V32) and 28 instead of none (MODEL1 with BF16_512).
     return SparseConfigSm100(
         tile_heads=TILE_HEADS if -(-num_heads // TILE_HEADS) % 2 else PAIR_HEADS,
-        redistribute=not (fmt.is_quantized and fmt.d_v <= fmt.d_nope),
+        redistribute=not fmt.is_quantized,
     )
 
 

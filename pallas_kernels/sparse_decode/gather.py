@@ -352,7 +352,7 @@ class GatherHardware(Gather, dequant.SparseHardware):
         @plgpu.inline_mgpu(arg_types=(NATIVE, REF, SPLAT, SPLAT, SPLAT))
         def store(_, x, out, index, tile, column):
             place, exists = _native_row(index, tile, num_rows)
-            address = add(add(gmem(out), mul(place, width * size)), wide(mul(scalar(column), size)))
+            address = add(add(lanes.gmem(out), mul(place, width * size)), lanes.wide(mul(lanes.scalar(column), size)))
             words = []  # of 4 bytes; a register of x is two columns
             for register in x.registers.reshape(-1):
                 pair = mosaic.utils.bitcast(register, ir.VectorType.get((size // 2,), i32()))
@@ -374,7 +374,7 @@ class GatherHardware(Gather, dequant.SparseHardware):
             place, exists = _native_row(index, tile, num_rows)
             (value,) = x.registers.reshape(-1)
             value = vector.extract(value, dynamic_position=[], static_position=[0])
-            asm("@$0 st.global.f32 [$1], $2;", "b,l,f", exists, add(gmem(out), mul(place, 4)), value)
+            asm("@$0 st.global.f32 [$1], $2;", "b,l,f", exists, add(lanes.gmem(out), mul(place, 4)), value)
 
         store(x, out, index, tile)
 
@@ -382,8 +382,8 @@ class GatherHardware(Gather, dequant.SparseHardware):
 def _native_row(index, tile, num_rows: int) -> tuple[ir.Value, ir.Value]:
     """The calling thread's row of a tile of 128, in all rows of all items, 64 bits; and whether there is such a row."""
     lane = Lane()
-    row = add(mul(scalar(tile), PAIR_HEADS), add(mul(lane.warp, mgpu.WARP), lane.lane))
-    return add(mul(wide(scalar(index)), num_rows), wide(row)), less(row, num_rows)
+    row = add(mul(lanes.scalar(tile), PAIR_HEADS), add(mul(lane.warp, mgpu.WARP), lane.lane))
+    return add(mul(lanes.wide(lanes.scalar(index)), num_rows), lanes.wide(row)), lanes.less(row, num_rows)
 
 
 class GatherInterpreted(Gather, dequant.SparseInterpreted):
