@@ -42,8 +42,8 @@ def test_compiles_well(name):
     assert len(loops) >= (3 if extra_fmt is None else 4)
     assert sum(any("HGMMA" in line for line in loop) for loop in loops) == 2
     for loop in loops:
-        # The copy warpgroup has 24 registers and time to spare: a few accesses of its loops may go to memory, in that of a
-        # plain scope too, where it only keeps step. The others multiply, dequantise or copy rows in small chunks.
+        # The copy warpgroup has 24 registers and time to spare: a few accesses of its loops may go to memory, also of
+        # the one for a plain scope, where it only keeps step. The others multiply, dequantise or copy small chunks.
         copies = not any(op in line for line in loop for op in ("HGMMA", "STS.128", "LDGSTS"))
         spilled = [line for line in loop if "LDL" in line or "STL" in line]
         assert len(spilled) <= (9 if copies else SPILLS.get(name, 0)), spilled
