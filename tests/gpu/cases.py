@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 INPUT_STD = 0.1
 """Standard deviation of queries and keys, as in FlashMLA's tests, for which its absolute tolerance is made. The tests'
@@ -49,6 +50,21 @@ def pairwise(
             chosen.append(best)
             missing -= best_new
     return tuple(chosen)
+
+
+def sweep(request, name: str, case: Any, check: Callable[[Any], None]) -> None:
+    """`check(case)`, unless it passed in an earlier run; skips without a GPU.
+
+    `--cache-clear` begins a sweep anew; without pytest's cache (`-p no:cacheprovider`) every case runs.
+    """
+    if jax.default_backend() != "gpu":
+        pytest.skip("the sweep needs an NVIDIA GPU")
+    cache, key = getattr(request.config, "cache", None), f"mla_jax/{name}"
+    if cache is not None and str(case) in cache.get(key, []):
+        pytest.skip("passed in an earlier run of this sweep; --cache-clear begins anew")
+    check(case)
+    if cache is not None:
+        cache.set(key, [*cache.get(key, []), str(case)])
 
 
 def large_pool(data: jax.Array, gib: float, fill) -> jax.Array:

@@ -49,14 +49,7 @@ def test_sample(case):
 @pytest.mark.slow
 @pytest.mark.parametrize("case", dense_cases.pairwise()[SAMPLE:], ids=str)
 def test_sweep(case, request):
-    if jax.default_backend() != "gpu":
-        pytest.skip("the sweep needs an NVIDIA GPU")
-    key = "mla_jax/dense_sweep"
-    done = request.config.cache.get(key, [])
-    if str(case) in done:
-        pytest.skip("passed in an earlier run of this sweep; --cache-clear begins anew")
-    check(case)
-    request.config.cache.set(key, [*done, str(case)])
+    cases.sweep(request, "dense_sweep", case, check)
 
 
 BASE = Case(b=6, s_q=2, s_k=1500, h=16, page_size=64, d_qk=576, is_causal=True, contiguous=False)

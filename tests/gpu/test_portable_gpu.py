@@ -71,18 +71,14 @@ def test_sparse_sample(case):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", dense_cases.pairwise()[SAMPLE:60], ids=str)
-def test_dense_sweep(case):
-    if jax.default_backend() != "gpu":
-        pytest.skip("the sweep needs an NVIDIA GPU")
-    check_dense(case)
+def test_dense_sweep(case, request):
+    cases.sweep(request, "portable_dense_sweep", case, check_dense)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", sparse_cases.pairwise()[SAMPLE:40], ids=str)
-def test_sparse_sweep(case):
-    if jax.default_backend() != "gpu":
-        pytest.skip("the sweep needs an NVIDIA GPU")
-    check_sparse(case)
+def test_sparse_sweep(case, request):
+    cases.sweep(request, "portable_sparse_sweep", case, check_sparse)
 
 
 @pytest.mark.gpu

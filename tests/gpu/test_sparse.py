@@ -50,14 +50,7 @@ def test_sample(case):
 @pytest.mark.slow
 @pytest.mark.parametrize("case", sparse_cases.pairwise()[SAMPLE:], ids=str)
 def test_sweep(case, request):
-    if jax.default_backend() != "gpu":
-        pytest.skip("the sweep needs an NVIDIA GPU")
-    key = "mla_jax/sparse_sweep"
-    done = request.config.cache.get(key, [])
-    if str(case) in done:
-        pytest.skip("passed in an earlier run of this sweep; --cache-clear begins anew")
-    check(case)
-    request.config.cache.set(key, [*done, str(case)])
+    cases.sweep(request, "sparse_sweep", case, check)
 
 
 BASE = Case(
