@@ -321,26 +321,22 @@ def _gather_rows(source: Any, table: Any, dst: Any, bias: Any, rows: GatherRows)
     plgpu.commit_smem()
 
 
-def _constant(value: int, kind: ir.Type) -> ir.Value:
-    return arith.ConstantOp(kind, ir.IntegerAttr.get(kind, value)).result  # type: ignore
-
-
-def _accumulator_row(out: ir.Value, index: Any, tile: Any, num_rows: int) -> tuple[ir.Value, ir.Value, ir.Value]:
+def _accumulator_row(index: Any, tile: Any, num_rows: int) -> tuple[ir.Value, ir.Value, ir.Value]:
     """Of the calling thread's first accumulator row, the second being 8 below it: its number among all tiles' rows, its
     number in `out` [items, num_rows, ...], 64 bits; and the thread's place among the four that share a row."""
     i32, i64 = ir.IntegerType.get_signless(32), ir.IntegerType.get_signless(64)
-    thread = arith.remui(mosaic_utils.thread_idx(), _constant(WARPGROUP, i32))
-    warp, lane = (op(thread, _constant(WARP, i32)) for op in (arith.divui, arith.remui))
-    row = arith.addi(arith.muli(tile.registers[()], _constant(64, i32)), arith.muli(warp, _constant(16, i32)))
-    row = arith.addi(row, arith.divui(lane, _constant(4, i32)))
-    item = arith.muli(arith.extui(i64, index.registers[()]), _constant(num_rows, i64))
-    return row, arith.addi(item, arith.extui(i64, row)), arith.remui(lane, _constant(4, i32))
+    thread = arith.remui(mosaic_utils.thread_idx(), mosaic_utils.c(WARPGROUP, i32))
+    warp, lane = (op(thread, mosaic_utils.c(WARP, i32)) for op in (arith.divui, arith.remui))
+    row = arith.addi(arith.muli(tile.registers[()], mosaic_utils.c(64, i32)), arith.muli(warp, mosaic_utils.c(16, i32)))
+    row = arith.addi(row, arith.divui(lane, mosaic_utils.c(4, i32)))
+    item = arith.muli(arith.extui(i64, index.registers[()]), mosaic_utils.c(num_rows, i64))
+    return row, arith.addi(item, arith.extui(i64, row)), arith.remui(lane, mosaic_utils.c(4, i32))
 
 
 def _exists(row: ir.Value, half: int, num_rows: int) -> ir.Value:
     """Whether the row (half 0), or the one 8 below it (half 1), is one of `num_rows`."""
-    below = arith.addi(row, _constant(8 * half, row.type))
-    return arith.cmpi(arith.CmpIPredicate.ult, below, _constant(num_rows, row.type))
+    below = arith.addi(row, mosaic_utils.c(8 * half, row.type))
+    return arith.cmpi(arith.CmpIPredicate.ult, below, mosaic_utils.c(num_rows, row.type))
 
 
 def _store_rows(x, out, index, tile, column: int, num_rows: int) -> None:
@@ -349,10 +345,10 @@ def _store_rows(x, out, index, tile, column: int, num_rows: int) -> None:
     @plgpu.inline_mgpu(arg_types=(WGMMA, plgpu.RefType(), plgpu.Layout.WG_SPLAT, plgpu.Layout.WG_SPLAT))
     def store(_, x, out, index, tile):
         i32, i64 = ir.IntegerType.get_signless(32), ir.IntegerType.get_signless(64)
-        row, place, quad = _accumulator_row(out, index, tile, num_rows)
-        offset = arith.addi(arith.muli(quad, _constant(2 * size, i32)), _constant(column * size, i32))
+        row, place, quad = _accumulator_row(index, tile, num_rows)
+        offset = arith.addi(arith.muli(quad, mosaic_utils.c(2 * size, i32)), mosaic_utils.c(column * size, i32))
         address = llvm.ptrtoint(i64, mosaic_utils.memref_ptr(out))
-        address = arith.addi(address, arith.muli(place, _constant(width * size, i64)))
+        address = arith.addi(address, arith.muli(place, mosaic_utils.c(width * size, i64)))
         address = arith.addi(address, arith.extui(i64, offset))
         flat = x.registers.reshape(-1)  # register 2 * j + half: columns 8 * j + 2 * (lane % 4), row + 8 * half
         for half in range(2):
@@ -376,10 +372,10 @@ def _store_row_values(x, out, index, tile, num_rows: int) -> None:
     @plgpu.inline_mgpu(arg_types=(WGMMA_ROW, plgpu.RefType(), plgpu.Layout.WG_SPLAT, plgpu.Layout.WG_SPLAT))
     def store(_, x, out, index, tile):
         i64 = ir.IntegerType.get_signless(64)
-        row, place, quad = _accumulator_row(out, index, tile, num_rows)
+        row, place, quad = _accumulator_row(index, tile, num_rows)
         address = llvm.ptrtoint(i64, mosaic_utils.memref_ptr(out))
-        address = arith.addi(address, arith.muli(place, _constant(4, i64)))
-        is_first = arith.cmpi(arith.CmpIPredicate.eq, quad, _constant(0, quad.type))
+        address = arith.addi(address, arith.muli(place, mosaic_utils.c(4, i64)))
+        is_first = arith.cmpi(arith.CmpIPredicate.eq, quad, mosaic_utils.c(0, quad.type))
         for half, value in enumerate(x.registers.reshape(-1)):
             if isinstance(value.type, ir.VectorType):
                 value = vector.extract(value, dynamic_position=[], static_position=[0])
