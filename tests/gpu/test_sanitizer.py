@@ -65,3 +65,25 @@ def test_a_report_is_told_from_silence_and_from_failure(monkeypatch):
         monkeypatch.setattr(sanitize.subprocess, "run", lambda *_, done=done, **__: done)
         assert sanitize.run("memcheck", ["true"])[0] == want, text
     assert {kind for _, kind, _ in sanitize.cases()} == set(planted.KINDS)
+
+
+@pytest.mark.parametrize(
+    "reported, status",
+    [
+        ({("racecheck", "named barriers"), ("racecheck", "dense")}, 0),  # the tool reports what is right, too
+        ({("racecheck", "dense")}, 1),
+        ({("racecheck", "named barriers"), ("racecheck", "sparse")}, 1),  # other barriers
+        ({("racecheck", "named barriers"), ("memcheck", "dense")}, 1),
+    ],
+)
+def test_the_exit_status_says_whether_a_kernel_is_reported_in_earnest(monkeypatch, reported, status):
+    def run(tool, command, timeout=600):
+        kernels = [name for name, own in sanitize.KERNELS.items() if own == command]
+        what = kernels[0] if kernels else command[-2]
+        seen = what in (*planted.BODIES, *planted.RACES) or (tool, what) in reported
+        return "reported" if seen else "nothing", ""
+
+    monkeypatch.setattr(sanitize, "run", run)
+    monkeypatch.setattr(sanitize.shutil, "which", lambda _: "compute-sanitizer")
+    monkeypatch.setattr(sys, "argv", ["sanitize"])
+    assert sanitize.main() == status
