@@ -323,7 +323,6 @@ KERNEL = work.Kernel(
 )
 
 
-
 def _run_pair(call, **scratch):
     """One CTA of two that share a tile of 128 heads."""
     sm100_pair.run(call, _key_warpgroup, _copy_warpgroup, **scratch)
