@@ -140,6 +140,14 @@ def row_address(data: ir.Value, slot: ir.Value, scope: Scope) -> tuple[ir.Value,
     return row, add(scales, wide(mul(offset, scope.scale_record_bytes)))
 
 
+def row_number(slot: ir.Value, scope: Scope) -> ir.Value:
+    """Where a slot's first record lies in a quantised cache, in records: pages are a whole number of them."""
+    if scope.is_row_major:
+        return slot
+    page = arith.divui(slot, const(scope.page_size, i32()))
+    return add(slot, mul(page, scope.page_bytes // scope.row_bytes - scope.page_size))
+
+
 def is_key(slot: ir.Value, scope: Scope) -> ir.Value:
     return less(slot, min(scope.num_slots, 2**31 - 1))
 

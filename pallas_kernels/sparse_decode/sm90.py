@@ -114,11 +114,17 @@ def _softmax_warpgroup(
             first = item * q_rows + tile * TILE_HEADS
             plgpu.copy_gmem_to_smem(q_gmem.at[pl.ds(first, TILE_HEADS)], q.at[0], q_ready)
 
-    def scores(s_ref, stage, i):
-        plgpu.wgmma(s_ref, q.at[mgpu.opaque_zero(i)], kv.at[stage].transpose((1, 0)))
+    def scores(stage, i):
+        """S of the block in a stage, once it is there: float32 [64, 64]."""
+        plgpu.barrier_wait(full.at[stage])
+
+        def product(s_ref):
+            plgpu.wgmma(s_ref, q.at[mgpu.opaque_zero(i)], kv.at[stage].transpose((1, 0)))
+
+        return pl.run_state(product)(plgpu.ACC.init(_zeros((TILE_HEADS, BLOCK_TOKENS))))
 
     def block(i, carry, first_block, last=False):
-        """One block: softmax of its scores, then O += P V while the next block's scores are computed."""
+        """One block: softmax of its scores, O += P V, then the next block's scores."""
         acc, s, top, total = carry  # d_v / 2 columns of [64, 128] each, [64, 64], [64], [64]
         stage = lax.rem(first_block + i, jnp.int32(STAGES))
         following = lax.rem(first_block + i + 1, jnp.int32(STAGES))
@@ -135,31 +141,16 @@ def _softmax_warpgroup(
         acc = _scaled(acc, rescale)
         total = total * rescale + weights.sum(axis=1)
 
-        def products(refs):
-            acc_refs, s_ref = (refs, None) if last else (refs[:-1], refs[-1])
-            _add_values(acc_refs, probabilities, kv, stage, 0)
-            if not last:
-                plgpu.barrier_wait(full.at[following])
-                scores(s_ref, following, i)
-                plgpu.wgmma_wait(1)
-                plgpu.barrier_arrive(empty.at[stage])
-
-        if last:
-            acc = pl.run_state(products)(tuple(map(plgpu.ACC.init, acc)))
-            plgpu.barrier_arrive(empty.at[stage])
-            return acc, new_top, total
-        nothing = _zeros((TILE_HEADS, BLOCK_TOKENS))
-        *acc, s = pl.run_state(products)((*map(plgpu.ACC.init, acc), plgpu.ACC.init(nothing)))
-        return tuple(acc), s, new_top, total
+        products = functools.partial(_add_values, probabilities=probabilities, kv=kv, stage=stage, column=0)
+        acc = pl.run_state(products)(tuple(map(plgpu.ACC.init, acc)))
+        # Before the wait for the next block: the stage is wanted for the one behind that.
+        plgpu.barrier_arrive(empty.at[stage])
+        return (acc, new_top, total) if last else (acc, scores(following, i), new_top, total)
 
     def attend(index, this, following, first_block):
         item, _, count, _, siblings = this
         plgpu.barrier_wait(q_ready)
-        stage = lax.rem(first_block, jnp.int32(STAGES))
-        plgpu.barrier_wait(full.at[stage])
-        s = pl.run_state(lambda s_ref: scores(s_ref, stage, index))(
-            plgpu.ACC.init(_zeros((TILE_HEADS, BLOCK_TOKENS)))
-        )
+        s = scores(lax.rem(first_block, jnp.int32(STAGES)), index)
         top = plgpu.layout_cast(jnp.full((TILE_HEADS,), LOWEST, jnp.float32), WGMMA_ROW)
         carry = (_no_values(fmt), s, top, _zeros((TILE_HEADS,)))
         carry = lax.fori_loop(0, count - 1, functools.partial(block, first_block=first_block), carry)
