@@ -65,18 +65,28 @@ class Work:
         self.num_pairs = jnp.maximum(lax.div(self.end_block - self.first_block + 1, jnp.int32(2)), 1)
 
     def pages(self, block):
-        """[(page, first token in it)] of a block's chunks. A page that must not be read is `num_pages`."""
+        """[(page, first token in it)] of a block's chunks. A page that must not be read is `num_pages`: TMA gives zeros.
+
+        Of a cache of one page, where Mosaic leaves the page out of TMA's coordinates and nothing would check it, the
+        token lies outside as well.
+        """
         shape = self.shape
         exists = block < self.end_block
+
+        def place(is_real, page, token):
+            if shape.num_pages == 1:
+                token = jnp.where(is_real, token, -(-shape.page_size // BLOCK) * BLOCK)
+            return jnp.where(is_real, page, shape.num_pages), token
+
         if shape.contiguous:
-            return [(jnp.where(exists, self.item, shape.num_pages), block * BLOCK)]
+            return [place(exists, self.item, block * BLOCK)]
         pages = []
         for chunk in range(BLOCK // shape.chunk):
             token = block * BLOCK + chunk * shape.chunk
             slot = jnp.minimum(lax.div(token, jnp.int32(shape.page_size)), shape.table_width - 1)
             page = self.table[self.item, slot]
             is_real = exists & (page >= 0) & (page < shape.num_pages)
-            pages.append((jnp.where(is_real, page, shape.num_pages), lax.rem(token, jnp.int32(shape.page_size))))
+            pages.append(place(is_real, page, lax.rem(token, jnp.int32(shape.page_size))))
         return pages
 
     def room(self, block):

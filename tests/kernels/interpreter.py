@@ -5,13 +5,15 @@
 1. `pl.run_state(f)(plgpu.ACC.init(x))`: becomes x plus what `f` adds to an accumulator of zeros.
 2. `plgpu.wgmma` with its left operand in registers.
 3. TMA gather, `plgpu.copy_gmem_to_smem(rows.at[indices, columns], ...)`: a row out of range is zeros, as on hardware.
-4. Race checks of what wgmma reads from shared memory (upstream checks TMA and plain accesses only). A product is taken
+4. TMA of an array whose first axis has length 1: as Mosaic GPU does, the place along it is left out, and so not checked.
+5. Race checks of what wgmma reads from shared memory (upstream checks TMA and plain accesses only). A product is taken
    to be awaited at once: overlap that `wgmma_wait(n > 0)` allows is not modelled.
 
 `run()` calls a kernel under it with race detection on, and fails if a race was seen.
 """
 
 import contextlib
+import dataclasses
 import functools
 from unittest import mock
 
@@ -118,7 +120,18 @@ class _Gather(gpu_callbacks.AsyncCopyGmemToSmemTask):
         self.post_write(tma_thread_id, memory)
 
 
+def _without_unit_axes(transform):
+    if not isinstance(transform, indexing.NDIndexer):
+        return transform
+    indices = [
+        np.int32(0) if extent == 1 and not isinstance(index, indexing.Slice) and np.ndim(index) == 0 else index
+        for index, extent in zip(transform.indices, transform.shape, strict=True)
+    ]
+    return dataclasses.replace(transform, indices=tuple(indices))
+
+
 def _copy_gmem_to_smem(original, *, src_transforms, **kwargs):
+    src_transforms = tuple(_without_unit_axes(t) for t in src_transforms)
     indexers = [t for t in src_transforms if isinstance(t, indexing.NDIndexer)]
     if not any(np.ndim(index) == 1 for t in indexers for index in t.indices if not isinstance(index, indexing.Slice)):
         return original(src_transforms=src_transforms, **kwargs)
