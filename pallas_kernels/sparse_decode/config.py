@@ -123,6 +123,16 @@ class Scope:
         return (self.row_chunks | 1) * CHUNK_BYTES
 
     @property
+    def staged_offset_bytes(self) -> int:
+        """Where they begin in the memory of the 8 rows' bf16 values: they end where it does."""
+        return GROUP_ROWS * (self.fmt.d_qk * 2 - self.staged_row_bytes)
+
+    @property
+    def has_scales_apart(self) -> bool:
+        """Whether a token's scales are a record of their own. Staged, they lie behind its row, in what padding leaves."""
+        return self.scale_record != 0
+
+    @property
     def rope_offset_bytes(self) -> int:
         return self.fmt.locate("rope")[1]
 

@@ -56,6 +56,7 @@ from pallas_kernels.sparse_decode.lanes import (
     i32,
     is_key,
     less,
+    load8,
     load16,
     mul,
     row_address,
@@ -101,7 +102,8 @@ class SparseHardware(mgpu.Hardware):
             for stage in range(STAGES):
                 for k in range(GROUPS_PER_WARP):
                     barrier = _barrier(lane, rows, const(stage, i32()), k)
-                    asm("@$0 mbarrier.init.shared::cta.b64 [$1], 1;", "b,r", equal(lane.lane, 0), barrier)
+                    text = f"@$0 mbarrier.init.shared::cta.b64 [$1], {GROUP_ROWS};"
+                    asm(text, "b,r", equal(lane.lane, 0), barrier)
             asm("fence.mbarrier_init.release.cluster;")
             asm("fence.proxy.async.shared::cta;")
 
@@ -160,21 +162,19 @@ class SparseHardware(mgpu.Hardware):
         def start(_, data, slots, kv, rows, stage):
             lane = Lane()
             for k, slot in enumerate(row_values(slots)):
-                row = row_number(slot, scope) if scope.fmt.is_quantized else row_address(data, slot, scope)[0]
                 group = lane.group(kv, scalar(stage), k, scope.fmt.d_qk)
-                barrier = _barrier(lane, rows, scalar(stage), k)
-                copy(lane, group, row, is_key(slot, scope), barrier, gmem(data), scope)
+                copy(lane, group, data, slot, _barrier(lane, rows, scalar(stage), k), scope)
 
         start(data, slots, kv, rows, stage)
 
-    def finish_block(self, data, slots, scales, kv, rows, stage, parity, scope: Scope, copied=None) -> None:
+    def finish_block(self, slots, kv, rows, stage, parity, data, scope: Scope, copied=None) -> None:
         """Waits for the rows, dequantises them, writes the mask, makes it all visible to wgmma."""
+        del data
 
-        @plgpu.inline_mgpu(arg_types=(BLOCK_ROW, (BLOCK_ROW,) * len(scales), TILES, REF, SPLAT, SPLAT))
-        def finish(_, slots, scales, kv, rows, stage, parity):
+        @plgpu.inline_mgpu(arg_types=(BLOCK_ROW, TILES, REF, SPLAT, SPLAT))
+        def finish(_, slots, kv, rows, stage, parity):
             lane = Lane()
             keys = [is_key(slot, scope) for slot in row_values(slots)]
-            scale_words = [row_values(s) for s in scales]
             bias = add(smem(rows), add(mul(scalar(stage), 4 * BLOCK_TOKENS), 4 * BLOCK_TOKENS * BIAS_ROW))
             bias = add(bias, mul(add(mul(lane.warp, GROUP_ROWS), lane.row), 4))
             for k, key in enumerate(keys):
@@ -183,14 +183,12 @@ class SparseHardware(mgpu.Hardware):
             for k, key in enumerate(keys):
                 _wait(_barrier(lane, rows, scalar(stage), k), scalar(parity))
                 if scope.fmt.is_quantized:
-                    group = lane.group(kv, scalar(stage), k, scope.fmt.d_qk)
-                    chunks = _read_raw(lane, group, key, scope)
-                    _dequantize_group(lane, group, chunks, [w[k] for w in scale_words], scope)
+                    _dequantize_group(lane, lane.group(kv, scalar(stage), k, scope.fmt.d_qk), key, scope)
             if not scope.fmt.is_quantized:
                 asm("cp.async.wait_all;")
             asm("fence.proxy.async.shared::cta;")
 
-        finish(slots, tuple(scales), kv, rows, stage, parity)
+        finish(slots, kv, rows, stage, parity)
 
 
 def _barrier(lane: Lane, rows: ir.Value, stage: ir.Value, k: int) -> ir.Value:
@@ -199,15 +197,16 @@ def _barrier(lane: Lane, rows: ir.Value, stage: ir.Value, k: int) -> ir.Value:
     return add(smem(rows), add(mul(number, 8), 4 * BLOCK_TOKENS * BARRIER_ROW))
 
 
-def _staged(lane: Lane, group: ir.Value, scope: Scope) -> ir.Value:
-    """Where the lane's first chunk of its raw row is staged."""
-    return add(group, add(mul(lane.row, scope.staged_row_bytes), mul(lane.chunk, CHUNK_BYTES)))
+def _raw_row(lane: Lane, group: ir.Value, scope: Scope) -> ir.Value:
+    """Where the raw row of the lane's row is staged."""
+    return add(group, add(mul(lane.row, scope.staged_row_bytes), scope.staged_offset_bytes))
 
 
-def _copy_plain(lane, group, row, key, barrier, fallback, scope) -> None:
+def _copy_plain(lane, group, data, slot, barrier, scope) -> None:
     """bf16 rows, straight to their swizzled places."""
+    key, (row, _) = is_key(slot, scope), row_address(data, slot, scope)
     size = arith.select(key, const(CHUNK_BYTES, i32()), const(0, i32()))
-    source = add(arith.select(key, row, fallback), wide(mul(lane.chunk, CHUNK_BYTES)))
+    source = add(arith.select(key, row, gmem(data)), wide(mul(lane.chunk, CHUNK_BYTES)))
     targets = [lane.swizzled(group, add(lane.chunk, LANE_CHUNKS * half)) for half in range(2)]
     for n in range(scope.row_chunks // LANE_CHUNKS):
         at = COLUMN_TILE_BYTES * (n // 2)
@@ -215,20 +214,28 @@ def _copy_plain(lane, group, row, key, barrier, fallback, scope) -> None:
         asm(text, "r,l,r", targets[n % 2], source, size)
 
 
-def _copy_raw(lane, group, row, key, barrier, fallback, scope) -> None:
-    """Raw rows, one bulk copy each."""
-    go = arith.andi(key, equal(lane.chunk, 0))  # lane r has row r
-    rows = asm("vote.sync.ballot.b32 $0, $1, 0xffffffff;", "=r,b", go, result="i32")
-    count = asm(f"{{ popc.b32 $0, $1; mul.lo.u32 $0, $0, {scope.row_bytes}; }}", "=&r,r", rows, result="i32")
-    _arrive(lane, barrier, count)
+def _copy_raw(lane, group, data, slot, barrier, scope) -> None:
+    """Raw rows, one bulk copy each; scales that lie apart go behind their row."""
+    key, owns = is_key(slot, scope), equal(lane.chunk, 0)  # lane r owns row r
+    go = arith.andi(key, owns)
+    num_bytes = arith.select(key, const(scope.row_bytes, i32()), const(0, i32()))
+    if scope.has_scales_apart:
+        asm("@$0 mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [$1], $2;", "b,r,r", owns, barrier, num_bytes)
+        _, scales = row_address(data, slot, scope)
+        text = f"@$0 cp.async.ca.shared.global [$1+{scope.row_bytes}], [$2], {scope.scale_record_bytes};"
+        asm(text, "b,r,l", go, _raw_row(lane, group, scope), scales)
+        asm("@$0 cp.async.mbarrier.arrive.noinc.shared::cta.b64 [$1];", "b,r", owns, barrier)
+    else:
+        asm("@$0 mbarrier.arrive.expect_tx.shared::cta.b64 _, [$1], $2;", "b,r,r", owns, barrier, num_bytes)
     # The instruction takes its operands from uniform registers, so lanes that each copy a row do so in turn: 105 cycles
     # a row on an H200, a third of a block's time. Where all rows count, one lane copies them.
+    rows = asm("vote.sync.ballot.b32 $0, $1, 0xffffffff;", "=r,b", go, result="i32")
     copy = "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes"
     shuffles = "".join(f"\n      shfl.sync.idx.b32 n{r}, $0, {r}, 31, 0xffffffff;" for r in range(GROUP_ROWS))
     copies = "".join(
         f"""
       mad.wide.u32 from, n{r}, {scope.row_bytes}, $1;
-      {copy} [$2+{r * scope.staged_row_bytes}], [from], {scope.row_bytes}, [$3];"""
+      {copy} [$2+{scope.staged_offset_bytes + r * scope.staged_row_bytes}], [from], {scope.row_bytes}, [$3];"""
         for r in range(GROUP_ROWS)
     )
     text = f"""{{
@@ -242,18 +249,13 @@ def _copy_raw(lane, group, row, key, barrier, fallback, scope) -> None:
       mad.wide.u32 from, $0, {scope.row_bytes}, $1;
       @$6 {copy} [$5], [from], {scope.row_bytes}, [$3];
       DONE_${{:uid}}: }}"""
-    asm(text, "r,l,r,r,r,r,b", row, fallback, group, barrier, rows, _staged(lane, group, scope), go)
+    number, base = row_number(slot, scope), gmem(data)
+    asm(text, "r,l,r,r,r,r,b", number, base, group, barrier, rows, _raw_row(lane, group, scope), go)
 
 
-def _copy_nothing(lane, group, row, key, barrier, fallback, scope) -> None:
+def _copy_nothing(lane, group, data, slot, barrier, scope) -> None:
     """Plain rows: `_copy_plain` brings them, another warpgroup's."""
-    _arrive(lane, barrier, const(0, i32()))
-
-
-def _arrive(lane: Lane, barrier: ir.Value, num_bytes: ir.Value) -> None:
-    """Ends the mbarrier's phase once so many bytes have come."""
-    text = "@$0 mbarrier.arrive.expect_tx.shared::cta.b64 _, [$1], $2;"
-    asm(text, "b,r,r", equal(lane.lane, 0), barrier, num_bytes)
+    asm("@$0 mbarrier.arrive.shared::cta.b64 _, [$1];", "b,r", equal(lane.chunk, 0), barrier)
 
 
 def _wait(barrier: ir.Value, parity: ir.Value) -> None:
@@ -266,42 +268,44 @@ def _wait(barrier: ir.Value, parity: ir.Value) -> None:
     )
 
 
-def _raw_offsets(scope: Scope) -> list[tuple[int, bool]]:
-    """The 16-byte chunks of a raw row that a lane holds: byte offset, and whether it counts from the lane's own chunk.
-    First the latent columns, a column tile each; then RoPE, in two; then the scales, if they are in the row."""
-    latent = [(STAGED_BYTES * n, True) for n in range(scope.fmt.d_nope // COLUMN_TILE)]
-    rotary = [(scope.rope_offset_bytes + STAGED_BYTES * half, True) for half in range(2)]
-    scales = [(scope.scale_offset_bytes, False)] if scope.scale_record == 0 else []
-    return latent + rotary + scales
+def _dequantize_group(lane, group, key, scope) -> None:
+    """8 raw rows -> 8 rows of bf16, zeros for keys that do not count.
 
-
-def _read_raw(lane, group, key, scope) -> list[list[ir.Value]]:
-    """The lane's chunks of a group that `_copy_raw` has brought, zeros for keys that do not count."""
-    raw_row = add(group, mul(lane.row, scope.staged_row_bytes))
-    staged = _staged(lane, group, scope)
-    missing, zero = arith.xori(key, const(1, ir.IntegerType.get_signless(1))), const(0, i32())
-    chunks = []
-    for at, per_lane in _raw_offsets(scope):
-        if per_lane:
-            asm(f"@$0 st.shared.v4.b32 [$1+{at}], {{$2, $2, $2, $2}};", "b,r,r", missing, staged, zero)
-    for at, per_lane in _raw_offsets(scope):
-        words = load16(staged if per_lane else raw_row, at)
-        # Four lanes share the scales: what one of them stored, another might read in between.
-        chunks.append(words if per_lane else [arith.select(key, word, zero) for word in words])
-    sync_warp()  # every lane holds its raw bytes: they may be overwritten
-    return chunks
-
-
-def _dequantize_group(lane, group, chunks, scale_words, scope) -> None:
-    """The lane's chunks of 8 raw rows -> 8 rows of bf16."""
+    The bf16 values of the first column tiles lie in front of all raw rows, and are written while others are read; what
+    comes behind waits until every lane holds its raw bytes.
+    """
     fmt = scope.fmt
-    column_tiles = fmt.d_nope // COLUMN_TILE
-    latent, rotary = chunks[:column_tiles], chunks[column_tiles : column_tiles + 2]
-    scales = scale_values(scale_words or chunks[-1], fmt)
-    dequantize_latent(lane.swizzled(group, mul(lane.chunk, 2)), latent, scales, fmt)
-    for half, words in enumerate(rotary):
+    num_tiles = fmt.d_nope // COLUMN_TILE
+    raw_row = _raw_row(lane, group, scope)
+    raw = add(raw_row, mul(lane.chunk, CHUNK_BYTES))
+    # The lane's 16-byte chunks: one a column tile of the latent, then two of RoPE.
+    offsets = [STAGED_BYTES * n for n in range(num_tiles)]
+    offsets += [scope.rope_offset_bytes + STAGED_BYTES * half for half in range(2)]
+    clear = "".join(f" @!$0 st.shared.v4.b32 [$1+{at}], {{zero, zero, zero, zero}};" for at in offsets)
+    asm(
+        "{ .reg .pred all; .reg .b32 zero; vote.sync.all.pred all, $0, 0xffffffff; @all bra FULL_${:uid}; "
+        f"mov.b32 zero, 0;{clear} FULL_${{:uid}}: }}",
+        "b,r",
+        key,
+        raw,
+    )
+    # Four lanes share the scales: what one of them cleared, another might have read before.
+    zero = const(0, i32())
+    words = load8(raw_row, scope.row_bytes) if scope.has_scales_apart else load16(raw_row, scope.scale_offset_bytes)
+    scales = scale_values([arith.select(key, word, zero) for word in words], fmt)
+    even = lane.swizzled(group, mul(lane.chunk, 2))
+    num_free = scope.staged_offset_bytes // COLUMN_TILE_BYTES
+    chunks = [load16(raw, at) for at in offsets[:num_free]]
+    behind = []
+    for n in range(num_free):
+        behind += [load16(raw, at) for at in offsets[num_free + 2 * n : num_free + 2 * n + 2]]
+        dequantize_latent(even, chunks[n : n + 1], scales, fmt, first_tile=n)
+    behind += [load16(raw, at) for at in offsets[3 * num_free :]]
+    sync_warp()
+    dequantize_latent(even, behind[: num_tiles - num_free], scales, fmt, first_tile=num_free)
+    for half, words in enumerate(behind[num_tiles - num_free :]):
         place = lane.swizzled(group, add(lane.chunk, LANE_CHUNKS * half))
-        store16(place, COLUMN_TILE_BYTES * column_tiles, words)
+        store16(place, COLUMN_TILE_BYTES * num_tiles, words)
 
 
 class SparseInterpreted(mgpu.Interpreted):
@@ -332,7 +336,7 @@ class SparseInterpreted(mgpu.Interpreted):
         # The stage holds neither the old keys nor the new ones from here on.
         kv[stage] = jnp.full((BLOCK_TOKENS, scope.fmt.d_qk), jnp.nan, jnp.bfloat16)
 
-    def finish_block(self, data, slots, scales, kv, rows, stage, parity, scope, copied) -> None:
+    def finish_block(self, slots, kv, rows, stage, parity, data, scope, copied) -> None:
         plgpu.barrier_wait(copied.at[stage])
         # On a GPU a wait for the wrong parity is over too early, or never: here it spoils the keys.
         is_due = lax.rem(rows[BARRIER_ROW, stage].astype(jnp.int32) - 1, jnp.int32(2)) == parity

@@ -161,6 +161,12 @@ def load16(address: ir.Value, offset_bytes: int) -> list[ir.Value]:
     return fields(asm(text, "=r,=r,=r,=r,r", address, result=WORDS), [i32()] * 4)
 
 
+def load8(address: ir.Value, offset_bytes: int) -> list[ir.Value]:
+    """8 bytes of shared memory as two registers."""
+    text = f"ld.shared.v2.b32 {{$0, $1}}, [$2+{offset_bytes}];"
+    return fields(asm(text, "=r,=r,r", address, result="!llvm.struct<(i32, i32)>"), [i32()] * 2)
+
+
 def store16(address: ir.Value, offset_bytes: int, words: list[ir.Value]) -> None:
     asm(f"st.shared.v4.b32 [$0+{offset_bytes}], {{$1, $2, $3, $4}};", "r,r,r,r,r", address, *words)
 
@@ -198,7 +204,9 @@ def scale_values(words: list[ir.Value], fmt: KVFormat) -> list[ir.Value]:
     return [arith.bitcast(ir.F32Type.get(), word) for word in words]
 
 
-def dequantize_latent(even: ir.Value, chunks: list[list[ir.Value]], scales: list[ir.Value], fmt: KVFormat) -> None:
+def dequantize_latent(
+    even: ir.Value, chunks: list[list[ir.Value]], scales: list[ir.Value], fmt: KVFormat, first_tile: int = 0
+) -> None:
     """Stores the lane's raw chunks, one of each 64 latent columns, as bf16.
 
     Args:
@@ -206,9 +214,10 @@ def dequantize_latent(even: ir.Value, chunks: list[list[ir.Value]], scales: list
         that differs in bit 4 of the address, as swizzling leaves it. Each 64 columns are `COLUMN_TILE_BYTES` apart.
       chunks: four words each.
       scales: float32, one per `fmt.scale_tile` columns.
+      first_tile: number of the first chunk's 64 columns.
     """
     odd = arith.xori(even, const(CHUNK_BYTES, i32()))
-    for n, words in enumerate(chunks):
+    for n, words in enumerate(chunks, start=first_tile):
         scale = scales[n * COLUMN_TILE // fmt.scale_tile]
         pairs = [dequantize(word, scale) for word in words]
         store16(even, COLUMN_TILE_BYTES * n, pairs[0] + pairs[1])

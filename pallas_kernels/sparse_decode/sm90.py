@@ -241,18 +241,16 @@ def _gather_warpgroup(
     plgpu.barrier_arrive(copies_ready)
 
     def load(k, item, j):
-        slots = ops.load_slots(indices[k], item, j, lengths[k](item), scopes[k])
-        return slots, ops.load_scales(data[k], slots, scopes[k])
+        return ops.load_slots(indices[k], item, j, lengths[k](item), scopes[k])
 
-    def block(k, item, j, number, carry):
-        slots, scales = carry
+    def block(k, item, j, number, slots):
         stage, use = lax.rem(number, jnp.int32(STAGES)), lax.div(number, jnp.int32(STAGES))
         plgpu.barrier_wait(empty.at[stage])
         if not scopes[k].fmt.is_quantized:
             ops.copy_plain(data[k], slots, kv, rows, stage, scopes[k])
         following = load(k, item, j + 1)
         parity = lax.rem(use, jnp.int32(2))
-        ops.finish_block(data[k], slots, scales, kv, rows, stage, parity, scopes[k], **copied)
+        ops.finish_block(slots, kv, rows, stage, parity, data[k], scopes[k], **copied)
         plgpu.barrier_arrive(full.at[stage])
         return following
 
