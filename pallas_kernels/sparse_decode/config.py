@@ -26,12 +26,20 @@ class SparseConfig:
 
     Attributes:
       softmax_registers, value_registers, gather_registers, copy_registers: registers a thread of the four warpgroups.
+      share_copies: whether two CTAs, of neighbouring tiles of heads, are a cluster that copies each row once for both. For
+        an even number of tiles.
     """
 
     softmax_registers: int = 208
     value_registers: int = 176
-    gather_registers: int = 104
-    copy_registers: int = 24
+    gather_registers: int = 96
+    copy_registers: int = 32
+    share_copies: bool = False
+
+    @property
+    def cluster_tiles(self) -> int:
+        """Tiles of heads whose CTAs are a cluster."""
+        return 2 if self.share_copies else 1
 
     def __post_init__(self) -> None:
         registers = (self.softmax_registers, self.value_registers, self.gather_registers, self.copy_registers)
@@ -43,9 +51,12 @@ class SparseConfig:
 
 
 def heuristic(fmt: KVFormat, num_heads: int) -> SparseConfig:
-    """The one configuration measured (docs/sparse-decode.md): with other splits ptxas serialises wgmma or spills."""
-    del fmt, num_heads
-    return SparseConfig()
+    """Registers: the splits with which ptxas neither spills in a loop nor serialises wgmma (docs/sparse-decode.md)."""
+    tiles = -(-num_heads // TILE_HEADS)
+    share_copies = fmt.is_quantized and tiles % 2 == 0
+    if fmt.is_quantized and fmt.locate("scale")[0] == 0:
+        return SparseConfig(216, 176, 96, 24, share_copies)
+    return SparseConfig(share_copies=share_copies)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,6 +20,8 @@ Rows of keys that do not count are zeros, read from nowhere.
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
@@ -148,10 +150,14 @@ class SparseHardware(mgpu.Hardware):
 
         return tuple(load(data, slots))
 
-    def start_copy(self, data, slots, kv, rows, stage, scope: Scope, copied=None) -> None:
+    def start_copy(self, data, slots, kv, rows, stage, scope: Scope, share: bool, copied=None) -> None:
         """Begins to copy a block's raw rows to a free stage. Of plain rows it only says that the stage's turn has come:
-        every block takes one phase of the mbarriers, whatever its format, so that nobody falls a phase behind."""
-        self._start(_copy_raw if scope.fmt.is_quantized else _copy_nothing, data, slots, kv, rows, stage, scope)
+        every block takes one phase of the mbarriers, whatever its format, so that nobody falls a phase behind.
+
+        share: whether a cluster of two CTAs wants the same rows. Each then copies every other group, for both.
+        """
+        copy = functools.partial(_copy_raw, share=share) if scope.fmt.is_quantized else _copy_nothing
+        self._start(copy, data, slots, kv, rows, stage, scope)
 
     def copy_plain(self, data, slots, kv, rows, stage, scope: Scope) -> None:
         """Begins to copy a block's bf16 rows to a free stage; the same warpgroup finishes."""
@@ -163,7 +169,7 @@ class SparseHardware(mgpu.Hardware):
             lane = Lane()
             for k, slot in enumerate(row_values(slots)):
                 group = lane.group(kv, scalar(stage), k, scope.fmt.d_qk)
-                copy(lane, group, data, slot, _barrier(lane, rows, scalar(stage), k), scope)
+                copy(lane, group, data, slot, _barrier(lane, rows, scalar(stage), k), scope, k)
 
         start(data, slots, kv, rows, stage)
 
@@ -202,7 +208,7 @@ def _raw_row(lane: Lane, group: ir.Value, scope: Scope) -> ir.Value:
     return add(group, add(mul(lane.row, scope.staged_row_bytes), scope.staged_offset_bytes))
 
 
-def _copy_plain(lane, group, data, slot, barrier, scope) -> None:
+def _copy_plain(lane, group, data, slot, barrier, scope, k) -> None:
     """bf16 rows, straight to their swizzled places."""
     key, (row, _) = is_key(slot, scope), row_address(data, slot, scope)
     size = arith.select(key, const(CHUNK_BYTES, i32()), const(0, i32()))
@@ -214,7 +220,7 @@ def _copy_plain(lane, group, data, slot, barrier, scope) -> None:
         asm(text, "r,l,r", targets[n % 2], source, size)
 
 
-def _copy_raw(lane, group, data, slot, barrier, scope) -> None:
+def _copy_raw(lane, group, data, slot, barrier, scope, k, *, share) -> None:
     """Raw rows, one bulk copy each; scales that lie apart go behind their row."""
     key, owns = is_key(slot, scope), equal(lane.chunk, 0)  # lane r owns row r
     go = arith.andi(key, owns)
@@ -229,17 +235,22 @@ def _copy_raw(lane, group, data, slot, barrier, scope) -> None:
         asm("@$0 mbarrier.arrive.expect_tx.shared::cta.b64 _, [$1], $2;", "b,r,r", owns, barrier, num_bytes)
     # The instruction takes its operands from uniform registers, so lanes that each copy a row do so in turn: 105 cycles
     # a row on an H200, a third of a block's time. Where all rows count, one lane copies them.
-    rows = asm("vote.sync.ballot.b32 $0, $1, 0xffffffff;", "=r,b", go, result="i32")
     copy = "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes"
+    both = ""
+    if share:  # to the same places, and mbarriers, of both CTAs
+        rank = asm("mov.u32 $0, %cluster_ctarank;", "=r", result="i32")
+        go = arith.andi(go, equal(rank, k))
+        copy, both = f"{copy}.multicast::cluster", ", both"
+    rows = asm("vote.sync.ballot.b32 $0, $1, 0xffffffff;", "=r,b", go, result="i32")
     shuffles = "".join(f"\n      shfl.sync.idx.b32 n{r}, $0, {r}, 31, 0xffffffff;" for r in range(GROUP_ROWS))
     copies = "".join(
         f"""
       mad.wide.u32 from, n{r}, {scope.row_bytes}, $1;
-      {copy} [$2+{scope.staged_offset_bytes + r * scope.staged_row_bytes}], [from], {scope.row_bytes}, [$3];"""
+      {copy} [$2+{scope.staged_offset_bytes + r * scope.staged_row_bytes}], [from], {scope.row_bytes}, [$3]{both};"""
         for r in range(GROUP_ROWS)
     )
     text = f"""{{
-      .reg .pred one, all, go; .reg .b32 n<{GROUP_ROWS}>; .reg .b64 from;
+      .reg .pred one, all; .reg .b32 n<{GROUP_ROWS}>; .reg .b64 from; .reg .b16 both; mov.b16 both, 3;
       setp.eq.u32 all, $4, {2**GROUP_ROWS - 1};
       @!all bra SOME_${{:uid}};{shuffles}
       elect.sync _|one, 0xffffffff;
@@ -247,13 +258,13 @@ def _copy_raw(lane, group, data, slot, barrier, scope) -> None:
       bra DONE_${{:uid}};
       SOME_${{:uid}}:
       mad.wide.u32 from, $0, {scope.row_bytes}, $1;
-      @$6 {copy} [$5], [from], {scope.row_bytes}, [$3];
+      @$6 {copy} [$5], [from], {scope.row_bytes}, [$3]{both};
       DONE_${{:uid}}: }}"""
     number, base = row_number(slot, scope), gmem(data)
     asm(text, "r,l,r,r,r,r,b", number, base, group, barrier, rows, _raw_row(lane, group, scope), go)
 
 
-def _copy_nothing(lane, group, data, slot, barrier, scope) -> None:
+def _copy_nothing(lane, group, data, slot, barrier, scope, k) -> None:
     """Plain rows: `_copy_plain` brings them, another warpgroup's."""
     asm("@$0 mbarrier.arrive.shared::cta.b64 _, [$1];", "b,r", equal(lane.chunk, 0), barrier)
 
@@ -326,7 +337,7 @@ class SparseInterpreted(mgpu.Interpreted):
     def load_scales(self, data, slots, scope):
         return ()
 
-    def start_copy(self, data, slots, kv, rows, stage, scope, copied) -> None:
+    def start_copy(self, data, slots, kv, rows, stage, scope, share, copied) -> None:
         if scope.fmt.is_quantized:
             self.copy_plain(data, slots, kv, rows, stage, scope)
         rows[BARRIER_ROW, stage] = rows[BARRIER_ROW, stage] + 1

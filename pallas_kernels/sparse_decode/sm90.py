@@ -42,6 +42,7 @@ from pallas_kernels.sparse_decode.config import (
     MAX_REGISTERS,
     STAGES,
     TILE_HEADS,
+    SparseConfig,
     heuristic,
 )
 from pallas_kernels.sparse_decode.dequant import BIAS_ROW, FACTOR_ROW, RESCALE_ROW, ROWS
@@ -53,8 +54,15 @@ ACC_COLUMNS = 128  # of one accumulator; ptxas refuses wgmma with 256 columns in
 LOWEST = -3.0e38  # below any score, and finite: exp2(-inf - LOWEST) is 0, not NaN
 
 
-def scratch_types(fmt: KVFormat) -> dict[str, Any]:
+# Where a warpgroup meets before one of its threads arrives for all, as it does at barriers of a cluster.
+MEETINGS = {name: mgpu.Handoff(mgpu.WARPGROUP, 0) for name in ("softmax", "value", "gather")}
+
+
+def scratch_types(fmt: KVFormat, config: SparseConfig) -> dict[str, Any]:
     """Shared memory and barriers of one CTA."""
+    shared: Any = plgpu.Barrier
+    if config.share_copies:
+        shared = functools.partial(plgpu.ClusterBarrier, collective_axes=("cluster_tile",))
     return dict(
         q=mgpu.tile((1, TILE_HEADS, fmt.d_qk)),
         kv=mgpu.tile((STAGES, BLOCK_TOKENS, fmt.d_qk)),
@@ -62,10 +70,10 @@ def scratch_types(fmt: KVFormat) -> dict[str, Any]:
         rows=plgpu.SMEM((ROWS, BLOCK_TOKENS), jnp.float32),
         q_ready=plgpu.Barrier(),
         full=plgpu.Barrier(num_barriers=STAGES),
-        empty=plgpu.Barrier(num_arrivals=2, num_barriers=STAGES),
+        empty=shared(num_arrivals=2, num_barriers=STAGES),
         p_ready=plgpu.Barrier(),
         p_free=plgpu.Barrier(),
-        copies_ready=plgpu.Barrier(),
+        copies_ready=shared(num_arrivals=1),
     )
 
 
@@ -75,6 +83,24 @@ def scratch_types(fmt: KVFormat) -> dict[str, Any]:
 def _set_registers(count):
     # The wrong direction is an illegal instruction.
     plgpu.set_max_registers(count, action="increase" if count > MAX_REGISTERS // 4 else "decrease")
+
+
+def _tile(config):
+    """The calling CTA's tile of heads."""
+    tile = lax.axis_index("tile")
+    return tile * config.cluster_tiles + lax.axis_index("cluster_tile") if config.share_copies else tile
+
+
+class _Shared:
+    """A barrier at which all CTAs that share copies arrive, or the only one does."""
+
+    def __init__(self, barrier, config, meet):
+        self._barrier, self._config, self._meet = barrier, config, meet
+
+    def arrive(self, *index):
+        if self._config.share_copies:
+            self._meet()
+        plgpu.barrier_arrive(self._barrier.at[index] if index else self._barrier)
 
 
 def _zeros(shape):
@@ -103,10 +129,10 @@ def _softmax_warpgroup(
 ):  # fmt: skip
     """Scores, softmax and the left half of O."""
     _set_registers(config.softmax_registers)
-    tile = lax.axis_index("tile")
+    tile = _tile(config)
     scale2 = scale[0] * mgpu.LOG2_E
     for stage in range(STAGES):
-        plgpu.barrier_arrive(empty.at[stage])
+        empty.arrive(stage)
 
     def load_q(item, count):
         @pl.when(count > 0)
@@ -144,7 +170,7 @@ def _softmax_warpgroup(
         products = functools.partial(_add_values, probabilities=probabilities, kv=kv, stage=stage, column=0)
         acc = pl.run_state(products)(tuple(map(plgpu.ACC.init, acc)))
         # Before the wait for the next block: the stage is wanted for the one behind that.
-        plgpu.barrier_arrive(empty.at[stage])
+        empty.arrive(stage)
         return (acc, new_top, total) if last else (acc, scores(following, i), new_top, total)
 
     def attend(index, this, following, first_block):
@@ -193,10 +219,10 @@ def _value_warpgroup(
 ):  # fmt: skip
     """The right half of O."""
     _set_registers(config.value_registers)
-    tile = lax.axis_index("tile")
+    tile = _tile(config)
     half = fmt.d_v // 2
     for stage in range(STAGES):
-        plgpu.barrier_arrive(empty.at[stage])
+        empty.arrive(stage)
     plgpu.barrier_arrive(p_free)
 
     def block(i, acc, first_block):
@@ -208,7 +234,7 @@ def _value_warpgroup(
         acc = _scaled(acc, rescale)
         products = functools.partial(_add_values, probabilities=probabilities, kv=kv, stage=stage, column=half)
         acc = pl.run_state(products)(tuple(map(plgpu.ACC.init, acc)))
-        plgpu.barrier_arrive(empty.at[stage])
+        empty.arrive(stage)
         return acc
 
     def piece(index, this, following, first_block):
@@ -238,7 +264,7 @@ def _gather_warpgroup(
     """Keys of every block from their raw rows."""
     _set_registers(config.gather_registers)
     ops.init_copies(rows)
-    plgpu.barrier_arrive(copies_ready)
+    copies_ready.arrive()
 
     def load(k, item, j):
         return ops.load_slots(indices[k], item, j, lengths[k](item), scopes[k])
@@ -272,7 +298,7 @@ def _copy_warpgroup(
     def block(k, item, j, number, slots):
         stage = lax.rem(number, jnp.int32(STAGES))
         plgpu.barrier_wait(empty.at[stage])
-        ops.start_copy(data[k], slots, kv, rows, stage, scopes[k], **copied)
+        ops.start_copy(data[k], slots, kv, rows, stage, scopes[k], config.share_copies, **copied)
         return load(k, item, j + 1)
 
     each_block(parts, pieces, lengths, scopes, load, block)
@@ -280,48 +306,53 @@ def _copy_warpgroup(
         plgpu.barrier_wait(empty.at[stage])  # drains it
 
 
-def _run(call, *, q, kv, p, rows, q_ready, full, empty, p_ready, p_free, copies_ready, **copied):
+def _run(call, *, q, kv, p, rows, q_ready, full, empty, p_ready, p_free, copies_ready, meetings, **copied):
     """One CTA."""
     fmt, config, ops = call.fmt, call.config, call.ops
     parts, pieces, lengths = call.parts, call.pieces, call.lengths
     wg = lax.axis_index("wg")
+    bar = ops.barriers(MEETINGS, meetings)
+
+    def emptied_by(name):
+        return _Shared(empty, config, lambda: bar.meet(name))
 
     @pl.when(wg == SOFTMAX)
     def _softmax():
         _softmax_warpgroup(
             call.q, parts, pieces, lengths, call.scale, call.sink, call.results, fmt=fmt, q_rows=call.q_rows,
-            config=config, ops=ops, q=q, kv=kv, p=p, rows=rows, q_ready=q_ready, full=full, empty=empty,
-            p_ready=p_ready, p_free=p_free,
+            config=config, ops=ops, q=q, kv=kv, p=p, rows=rows, q_ready=q_ready, full=full,
+            empty=emptied_by("softmax"), p_ready=p_ready, p_free=p_free,
         )  # fmt: skip
 
     @pl.when(wg == VALUE)
     def _value():
         _value_warpgroup(
-            parts, pieces, lengths, call.results, fmt=fmt, config=config, kv=kv, p=p, rows=rows, empty=empty,
-            p_ready=p_ready, p_free=p_free,
+            parts, pieces, lengths, call.results, fmt=fmt, config=config, kv=kv, p=p, rows=rows,
+            empty=emptied_by("value"), p_ready=p_ready, p_free=p_free,
         )  # fmt: skip
 
-    gathering = dict(
-        scopes=call.scopes, config=config, ops=ops, kv=kv, rows=rows, empty=empty, copies_ready=copies_ready,
-        copied=copied,
-    )  # fmt: skip
+    gathering = dict(scopes=call.scopes, config=config, ops=ops, kv=kv, rows=rows, empty=empty, copied=copied)
 
     @pl.when(wg == GATHER)
     def _gather():
-        _gather_warpgroup(call.data, call.indices, parts, pieces, lengths, full=full, **gathering)
+        ready = _Shared(copies_ready, config, lambda: bar.meet("gather"))
+        _gather_warpgroup(call.data, call.indices, parts, pieces, lengths, full=full, copies_ready=ready, **gathering)
 
     @pl.when(wg == COPY)
     def _copy():
-        _copy_warpgroup(call.data, call.indices, parts, pieces, lengths, **gathering)
+        _copy_warpgroup(call.data, call.indices, parts, pieces, lengths, copies_ready=copies_ready, **gathering)
 
 
 KERNEL = work.Kernel(
     heuristic=heuristic,
     operations=dequant.operations,
-    scratch_types=lambda fmt, ops: scratch_types(fmt) | ops.copy_scratch(),
+    scratch_types=lambda fmt, ops, config: (
+        scratch_types(fmt, config) | {"meetings": ops.barrier_scratch(MEETINGS)} | ops.copy_scratch()
+    ),
     view=lambda pages, scope: pages,
     run=_run,
     num_warpgroups=4,
+    cluster_tiles=lambda config: config.cluster_tiles,
 )
 
 sparse_decode = functools.partial(work.sparse_decode, KERNEL)

@@ -151,20 +151,22 @@ class Kernel:
     Attributes:
       heuristic: (format, heads) -> config.
       operations: `interpret` argument -> the table of operations.
-      scratch_types: (format, operations) -> shared memory, tensor memory and barriers of a CTA.
+      scratch_types: (format, operations, config) -> shared memory, tensor memory and barriers of a CTA.
       view: (cache array, scope) -> the array that the kernel gets.
       run: (work, **scratch): one CTA, all warpgroups.
       num_warpgroups: how many.
       q_row_align: an item's rows of Q begin at a multiple of it.
+      cluster_tiles: config -> how many tiles of heads are a cluster of CTAs.
     """
 
     heuristic: Callable[[KVFormat, int], Any]
     operations: Callable[[Any], Any]
-    scratch_types: Callable[[KVFormat, Any], dict[str, Any]]
+    scratch_types: Callable[[KVFormat, Any, Any], dict[str, Any]]
     view: Callable[[jax.Array, Scope], jax.Array]
     run: Callable[..., None]
     num_warpgroups: int
     q_row_align: int = Q_ROW_ALIGN
+    cluster_tiles: Callable[[Any], int] = lambda config: 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -260,6 +262,9 @@ def sparse_decode(
         lengths.append(None if length is None else length.astype(jnp.int32).reshape(items))
 
     tiles = -(-num_heads // TILE_HEADS)
+    cluster = kernel.cluster_tiles(config)
+    if tiles % cluster:
+        raise ValueError(f"config has clusters of {cluster} tiles of {TILE_HEADS} heads, q has {num_heads} heads, {tiles} tiles")
     # A tile of heads may reach into the next item's rows; those results go nowhere.
     q_rows = round_up(num_heads, kernel.q_row_align)
     rows = jnp.pad(q, ((0, 0), (0, 0), (0, q_rows - num_heads), (0, 0))).reshape(items * q_rows, d_qk)
@@ -294,11 +299,13 @@ def sparse_decode(
             shape((plan.max_pieces, num_heads, fmt.d_v), jnp.float32),
             shape((plan.max_pieces, num_heads), jnp.float32),
         ),
-        grid=(tiles, plan.num_parts),
+        grid=(tiles // cluster, plan.num_parts),
         grid_names=("tile", "part"),
+        cluster=(cluster,) if cluster > 1 else (),
+        cluster_names=("cluster_tile",) if cluster > 1 else (),
         num_threads=kernel.num_warpgroups,
         thread_name="wg",
-        scratch_types=kernel.scratch_types(fmt, ops),
+        scratch_types=kernel.scratch_types(fmt, ops, config),
         kernel_name=f"sparse_mla_{fmt.name.lower()}",
         interpret=interpret,
         compiler_params=plgpu.CompilerParams(
