@@ -55,12 +55,12 @@ def candidates(workload: Dense | Sparse, capability: tuple[int, int] = (9, 0)) -
         changes += [dict(consumer_registers=c, producer_registers=p) for c, p in ((232, 40), (224, 56))]
     else:
         sparse_decode.config_type(capability)
-        base = heuristic(workload.fmt, workload.h)
+        base = heuristic(workload.fmt, workload.h, workload.extra.fmt if workload.extra else None)
         changes = [
-            dict(softmax_registers=200, gather_registers=112),
-            dict(softmax_registers=216, gather_registers=96),
-            dict(softmax_registers=216, value_registers=168),
-            dict(softmax_registers=200, value_registers=184),
+            dict(share_copies=False),
+            dict(softmax_registers=216, copy_registers=32),
+            dict(softmax_registers=216, gather_registers=96, copy_registers=24),
+            dict(softmax_registers=200, gather_registers=96),
         ]
     known = {field.name for field in dataclasses.fields(base)}
     changed = [dataclasses.replace(base, **change) for change in changes if known >= change.keys()]

@@ -65,9 +65,9 @@ class Work:
         self.num_pairs = jnp.maximum(lax.div(self.end_block - self.first_block + 1, jnp.int32(2)), 1)
 
     def pages(self, block):
-        """[(page, first token in it)] of a block's chunks. A page that must not be read is `num_pages`: TMA gives zeros.
+        """[(page, first token in it)] of a block's chunks. A page that must not be read is `num_pages`: zeros come.
 
-        Of a cache of one page, where Mosaic leaves the page out of TMA's coordinates and nothing would check it, the
+        Of a cache of one page, Mosaic leaves the page out of TMA's coordinates, and nothing would check it: there the
         token lies outside as well.
         """
         shape = self.shape

@@ -26,20 +26,15 @@ class SparseConfig:
 
     Attributes:
       softmax_registers, value_registers, gather_registers, copy_registers: registers a thread of the four warpgroups.
-      share_copies: whether two CTAs, of neighbouring tiles of heads, are a cluster that copies each row once for both. For
-        an even number of tiles.
+      share_copies: whether the CTAs of two neighbouring tiles of heads are a cluster, which copies each row once for
+        both. Only where the number of tiles is even.
     """
 
     softmax_registers: int = 208
     value_registers: int = 176
-    gather_registers: int = 96
-    copy_registers: int = 32
-    share_copies: bool = False
-
-    @property
-    def cluster_tiles(self) -> int:
-        """Tiles of heads whose CTAs are a cluster."""
-        return 2 if self.share_copies else 1
+    gather_registers: int = 88
+    copy_registers: int = 40
+    share_copies: bool = True
 
     def __post_init__(self) -> None:
         registers = (self.softmax_registers, self.value_registers, self.gather_registers, self.copy_registers)
@@ -50,13 +45,12 @@ class SparseConfig:
             )
 
 
-def heuristic(fmt: KVFormat, num_heads: int) -> SparseConfig:
-    """Registers: the splits with which ptxas neither spills in a loop nor serialises wgmma (docs/sparse-decode.md)."""
-    tiles = -(-num_heads // TILE_HEADS)
-    share_copies = fmt.is_quantized and tiles % 2 == 0
-    if fmt.is_quantized and fmt.locate("scale")[0] == 0:
-        return SparseConfig(216, 176, 96, 24, share_copies)
-    return SparseConfig(share_copies=share_copies)
+def heuristic(fmt: KVFormat, num_heads: int, extra_fmt: KVFormat | None = None) -> SparseConfig:
+    """For these formats of the main and the extra cache: registers with which ptxas spills in no loop."""
+    del num_heads
+    if fmt.is_quantized and extra_fmt is not None and not extra_fmt.is_quantized:
+        return SparseConfig(softmax_registers=200, gather_registers=96)
+    return SparseConfig()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +75,7 @@ class SparseConfigSm100:
             raise ValueError(f"rescale_threshold must be in [0, 16], got {self.rescale_threshold}")
 
 
-def sm100_heuristic(fmt: KVFormat, num_heads: int) -> SparseConfigSm100:
+def sm100_heuristic(fmt: KVFormat, num_heads: int, extra_fmt: KVFormat | None = None) -> SparseConfigSm100:
     """Tiles of 128 heads where they are as many CTAs as tiles of 64, for which plans are made."""
     # With setmaxnreg, ptxas makes 14 stack accesses a block instead of 49 (BF16_512), 27 instead of 79 (BF16_576 with
     # V32), but 19 instead of 1 (V32) and 28 instead of none (MODEL1 with BF16_512).
@@ -140,7 +134,7 @@ class Scope:
 
     @property
     def has_scales_apart(self) -> bool:
-        """Whether a token's scales are a record of their own. Staged, they lie behind its row, in what padding leaves."""
+        """Whether a token's scales are a record of their own. Staged, they lie behind its row, in its padding."""
         return self.scale_record != 0
 
     @property

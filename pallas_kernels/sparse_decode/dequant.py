@@ -62,8 +62,8 @@ from pallas_kernels.sparse_decode.lanes import (
     load16,
     mul,
     row_address,
-    row_number,
     row_array,
+    row_number,
     row_values,
     scalar,
     scale_values,
@@ -223,45 +223,47 @@ def _copy_plain(lane, group, data, slot, barrier, scope, k) -> None:
 def _copy_raw(lane, group, data, slot, barrier, scope, k, *, share) -> None:
     """Raw rows, one bulk copy each; scales that lie apart go behind their row."""
     key, owns = is_key(slot, scope), equal(lane.chunk, 0)  # lane r owns row r
-    go = arith.andi(key, owns)
+    own = _raw_row(lane, group, scope)
     num_bytes = arith.select(key, const(scope.row_bytes, i32()), const(0, i32()))
     if scope.has_scales_apart:
         asm("@$0 mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [$1], $2;", "b,r,r", owns, barrier, num_bytes)
         _, scales = row_address(data, slot, scope)
         text = f"@$0 cp.async.ca.shared.global [$1+{scope.row_bytes}], [$2], {scope.scale_record_bytes};"
-        asm(text, "b,r,l", go, _raw_row(lane, group, scope), scales)
+        asm(text, "b,r,l", arith.andi(key, owns), own, scales)
         asm("@$0 cp.async.mbarrier.arrive.noinc.shared::cta.b64 [$1];", "b,r", owns, barrier)
     else:
         asm("@$0 mbarrier.arrive.expect_tx.shared::cta.b64 _, [$1], $2;", "b,r,r", owns, barrier, num_bytes)
-    # The instruction takes its operands from uniform registers, so lanes that each copy a row do so in turn: 105 cycles
-    # a row on an H200, a third of a block's time. Where all rows count, one lane copies them.
-    copy = "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes"
-    both = ""
-    if share:  # to the same places, and mbarriers, of both CTAs
-        rank = asm("mov.u32 $0, %cluster_ctarank;", "=r", result="i32")
-        go = arith.andi(go, equal(rank, k))
-        copy, both = f"{copy}.multicast::cluster", ", both"
+    go = arith.andi(key, owns)
+    if share:  # two CTAs, and two groups a warp
+        go = arith.andi(go, equal(asm("mov.u32 $0, %cluster_ctarank;", "=r", result="i32"), k))
+
+    def copy(to):
+        text = "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes"
+        if share:
+            return f"{text}.multicast::cluster [{to}], [from], {scope.row_bytes}, [$6], both;"
+        return f"{text} [{to}], [from], {scope.row_bytes}, [$6];"
+
+    # The instruction takes its operands from uniform registers, so lanes that each issue one do so in turn: 105 cycles
+    # a row on an H200, a third of a block's time. Where all rows of a group count, one lane issues all of them.
     rows = asm("vote.sync.ballot.b32 $0, $1, 0xffffffff;", "=r,b", go, result="i32")
-    shuffles = "".join(f"\n      shfl.sync.idx.b32 n{r}, $0, {r}, 31, 0xffffffff;" for r in range(GROUP_ROWS))
+    numbers = "".join(f"\n      shfl.sync.idx.b32 n{r}, $0, {r}, 31, 0xffffffff;" for r in range(GROUP_ROWS))
     copies = "".join(
-        f"""
-      mad.wide.u32 from, n{r}, {scope.row_bytes}, $1;
-      {copy} [$2+{scope.staged_offset_bytes + r * scope.staged_row_bytes}], [from], {scope.row_bytes}, [$3]{both};"""
+        f"\n      mad.wide.u32 from, n{r}, {scope.row_bytes}, $1; "
+        + copy(f"$4+{scope.staged_offset_bytes + r * scope.staged_row_bytes}")
         for r in range(GROUP_ROWS)
     )
     text = f"""{{
       .reg .pred one, all; .reg .b32 n<{GROUP_ROWS}>; .reg .b64 from; .reg .b16 both; mov.b16 both, 3;
-      setp.eq.u32 all, $4, {2**GROUP_ROWS - 1};
-      @!all bra SOME_${{:uid}};{shuffles}
+      setp.eq.u32 all, $2, {2**GROUP_ROWS - 1};
+      @!all bra SOME_${{:uid}};{numbers}
       elect.sync _|one, 0xffffffff;
       @!one bra DONE_${{:uid}};{copies}
       bra DONE_${{:uid}};
       SOME_${{:uid}}:
       mad.wide.u32 from, $0, {scope.row_bytes}, $1;
-      @$6 {copy} [$5], [from], {scope.row_bytes}, [$3]{both};
+      @$3 {copy("$5")}
       DONE_${{:uid}}: }}"""
-    number, base = row_number(slot, scope), gmem(data)
-    asm(text, "r,l,r,r,r,r,b", number, base, group, barrier, rows, _raw_row(lane, group, scope), go)
+    asm(text, "r,l,r,b,r,r,r", row_number(slot, scope), gmem(data), rows, go, group, own, barrier)
 
 
 def _copy_nothing(lane, group, data, slot, barrier, scope, k) -> None:

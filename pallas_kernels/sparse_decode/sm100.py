@@ -316,7 +316,7 @@ def _run(call, **scratch):
 KERNEL = work.Kernel(
     heuristic=sm100_heuristic,
     operations=gather.operations,
-    scratch_types=lambda fmt, ops, config: scratch_types(fmt),
+    scratch_types=lambda fmt, ops, cluster_tiles: scratch_types(fmt),
     view=gather.row_view,
     run=_run,
     num_warpgroups=4,
@@ -330,7 +330,7 @@ def _run_pair(call, **scratch):
 
 PAIR_KERNEL = dataclasses.replace(
     KERNEL,
-    scratch_types=lambda fmt, ops, config: sm100_pair.scratch_types(fmt),
+    scratch_types=lambda fmt, ops, cluster_tiles: sm100_pair.scratch_types(fmt),
     run=_run_pair,
     q_row_align=PAIR_HEADS,
 )

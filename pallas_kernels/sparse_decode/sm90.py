@@ -42,6 +42,7 @@ from pallas_kernels.sparse_decode.config import (
     MAX_REGISTERS,
     STAGES,
     TILE_HEADS,
+    Scope,
     SparseConfig,
     heuristic,
 )
@@ -54,14 +55,10 @@ ACC_COLUMNS = 128  # of one accumulator; ptxas refuses wgmma with 256 columns in
 LOWEST = -3.0e38  # below any score, and finite: exp2(-inf - LOWEST) is 0, not NaN
 
 
-# Where a warpgroup meets before one of its threads arrives for all, as it does at barriers of a cluster.
-MEETINGS = {name: mgpu.Handoff(mgpu.WARPGROUP, 0) for name in ("softmax", "value", "gather")}
-
-
-def scratch_types(fmt: KVFormat, config: SparseConfig) -> dict[str, Any]:
+def scratch_types(fmt: KVFormat, cluster_tiles: int) -> dict[str, Any]:
     """Shared memory and barriers of one CTA."""
     shared: Any = plgpu.Barrier
-    if config.share_copies:
+    if cluster_tiles > 1:
         shared = functools.partial(plgpu.ClusterBarrier, collective_axes=("cluster_tile",))
     return dict(
         q=mgpu.tile((1, TILE_HEADS, fmt.d_qk)),
@@ -85,22 +82,15 @@ def _set_registers(count):
     plgpu.set_max_registers(count, action="increase" if count > MAX_REGISTERS // 4 else "decrease")
 
 
-def _tile(config):
+def _cluster_tiles(config: SparseConfig, tiles: int, scopes: list[Scope]) -> int:
+    shares = config.share_copies and tiles % 2 == 0 and any(scope.fmt.is_quantized for scope in scopes)
+    return 2 if shares else 1
+
+
+def _tile(cluster_tiles):
     """The calling CTA's tile of heads."""
     tile = lax.axis_index("tile")
-    return tile * config.cluster_tiles + lax.axis_index("cluster_tile") if config.share_copies else tile
-
-
-class _Shared:
-    """A barrier at which all CTAs that share copies arrive, or the only one does."""
-
-    def __init__(self, barrier, config, meet):
-        self._barrier, self._config, self._meet = barrier, config, meet
-
-    def arrive(self, *index):
-        if self._config.share_copies:
-            self._meet()
-        plgpu.barrier_arrive(self._barrier.at[index] if index else self._barrier)
+    return tile if cluster_tiles == 1 else tile * cluster_tiles + lax.axis_index("cluster_tile")
 
 
 def _zeros(shape):
@@ -125,14 +115,13 @@ def _add_values(acc_refs, probabilities, kv, stage, column):
 
 def _softmax_warpgroup(
     q_gmem, parts, pieces, lengths, scale, sink, results,
-    *, fmt, q_rows, config, ops, q, kv, p, rows, q_ready, full, empty, p_ready, p_free,
+    *, fmt, q_rows, tile, config, ops, q, kv, p, rows, q_ready, full, release, p_ready, p_free,
 ):  # fmt: skip
     """Scores, softmax and the left half of O."""
     _set_registers(config.softmax_registers)
-    tile = _tile(config)
     scale2 = scale[0] * mgpu.LOG2_E
     for stage in range(STAGES):
-        empty.arrive(stage)
+        release(stage)
 
     def load_q(item, count):
         @pl.when(count > 0)
@@ -170,7 +159,7 @@ def _softmax_warpgroup(
         products = functools.partial(_add_values, probabilities=probabilities, kv=kv, stage=stage, column=0)
         acc = pl.run_state(products)(tuple(map(plgpu.ACC.init, acc)))
         # Before the wait for the next block: the stage is wanted for the one behind that.
-        empty.arrive(stage)
+        release(stage)
         return (acc, new_top, total) if last else (acc, scores(following, i), new_top, total)
 
     def attend(index, this, following, first_block):
@@ -215,14 +204,13 @@ def _softmax_warpgroup(
 
 
 def _value_warpgroup(
-    parts, pieces, lengths, results, *, fmt, config, kv, p, rows, empty, p_ready, p_free
+    parts, pieces, lengths, results, *, fmt, tile, config, kv, p, rows, release, p_ready, p_free
 ):  # fmt: skip
     """The right half of O."""
     _set_registers(config.value_registers)
-    tile = _tile(config)
     half = fmt.d_v // 2
     for stage in range(STAGES):
-        empty.arrive(stage)
+        release(stage)
     plgpu.barrier_arrive(p_free)
 
     def block(i, acc, first_block):
@@ -234,7 +222,7 @@ def _value_warpgroup(
         acc = _scaled(acc, rescale)
         products = functools.partial(_add_values, probabilities=probabilities, kv=kv, stage=stage, column=half)
         acc = pl.run_state(products)(tuple(map(plgpu.ACC.init, acc)))
-        empty.arrive(stage)
+        release(stage)
         return acc
 
     def piece(index, this, following, first_block):
@@ -259,12 +247,12 @@ def _value_warpgroup(
 
 
 def _gather_warpgroup(
-    data, indices, parts, pieces, lengths, *, scopes, config, ops, kv, rows, full, empty, copies_ready, copied
+    data, indices, parts, pieces, lengths, *, scopes, config, ops, kv, rows, full, empty, say_ready, copied
 ):  # fmt: skip
     """Keys of every block from their raw rows."""
     _set_registers(config.gather_registers)
     ops.init_copies(rows)
-    copies_ready.arrive()
+    say_ready()
 
     def load(k, item, j):
         return ops.load_slots(indices[k], item, j, lengths[k](item), scopes[k])
@@ -286,7 +274,7 @@ def _gather_warpgroup(
 
 
 def _copy_warpgroup(
-    data, indices, parts, pieces, lengths, *, scopes, config, ops, kv, rows, empty, copies_ready, copied
+    data, indices, parts, pieces, lengths, *, scopes, share, config, ops, kv, rows, empty, copies_ready, copied
 ):  # fmt: skip
     """Raw rows of every block into its stage, as soon as that is free."""
     _set_registers(config.copy_registers)
@@ -298,7 +286,7 @@ def _copy_warpgroup(
     def block(k, item, j, number, slots):
         stage = lax.rem(number, jnp.int32(STAGES))
         plgpu.barrier_wait(empty.at[stage])
-        ops.start_copy(data[k], slots, kv, rows, stage, scopes[k], config.share_copies, **copied)
+        ops.start_copy(data[k], slots, kv, rows, stage, scopes[k], share, **copied)
         return load(k, item, j + 1)
 
     each_block(parts, pieces, lengths, scopes, load, block)
@@ -306,53 +294,64 @@ def _copy_warpgroup(
         plgpu.barrier_wait(empty.at[stage])  # drains it
 
 
+# Threads meet before one of them arrives for their warpgroup, as it is at barriers of a cluster.
+MEETINGS = {name: mgpu.Handoff(mgpu.WARPGROUP, 0) for name in ("softmax", "value", "gather")}
+
+
 def _run(call, *, q, kv, p, rows, q_ready, full, empty, p_ready, p_free, copies_ready, meetings, **copied):
     """One CTA."""
     fmt, config, ops = call.fmt, call.config, call.ops
     parts, pieces, lengths = call.parts, call.pieces, call.lengths
-    wg = lax.axis_index("wg")
+    wg, tile = lax.axis_index("wg"), _tile(call.cluster_tiles)
     bar = ops.barriers(MEETINGS, meetings)
 
-    def emptied_by(name):
-        return _Shared(empty, config, lambda: bar.meet(name))
+    def arrive(warpgroup, barrier):
+        if call.cluster_tiles > 1:
+            bar.meet(warpgroup)
+        plgpu.barrier_arrive(barrier)
 
     @pl.when(wg == SOFTMAX)
     def _softmax():
         _softmax_warpgroup(
             call.q, parts, pieces, lengths, call.scale, call.sink, call.results, fmt=fmt, q_rows=call.q_rows,
-            config=config, ops=ops, q=q, kv=kv, p=p, rows=rows, q_ready=q_ready, full=full,
-            empty=emptied_by("softmax"), p_ready=p_ready, p_free=p_free,
+            tile=tile, config=config, ops=ops, q=q, kv=kv, p=p, rows=rows, q_ready=q_ready, full=full,
+            release=lambda stage: arrive("softmax", empty.at[stage]), p_ready=p_ready, p_free=p_free,
         )  # fmt: skip
 
     @pl.when(wg == VALUE)
     def _value():
         _value_warpgroup(
-            parts, pieces, lengths, call.results, fmt=fmt, config=config, kv=kv, p=p, rows=rows,
-            empty=emptied_by("value"), p_ready=p_ready, p_free=p_free,
+            parts, pieces, lengths, call.results, fmt=fmt, tile=tile, config=config, kv=kv, p=p, rows=rows,
+            release=lambda stage: arrive("value", empty.at[stage]), p_ready=p_ready, p_free=p_free,
         )  # fmt: skip
 
     gathering = dict(scopes=call.scopes, config=config, ops=ops, kv=kv, rows=rows, empty=empty, copied=copied)
 
     @pl.when(wg == GATHER)
     def _gather():
-        ready = _Shared(copies_ready, config, lambda: bar.meet("gather"))
-        _gather_warpgroup(call.data, call.indices, parts, pieces, lengths, full=full, copies_ready=ready, **gathering)
+        _gather_warpgroup(
+            call.data, call.indices, parts, pieces, lengths, full=full,
+            say_ready=lambda: arrive("gather", copies_ready), **gathering,
+        )  # fmt: skip
 
     @pl.when(wg == COPY)
     def _copy():
-        _copy_warpgroup(call.data, call.indices, parts, pieces, lengths, copies_ready=copies_ready, **gathering)
+        _copy_warpgroup(
+            call.data, call.indices, parts, pieces, lengths, share=call.cluster_tiles > 1, copies_ready=copies_ready,
+            **gathering,
+        )  # fmt: skip
 
 
 KERNEL = work.Kernel(
     heuristic=heuristic,
     operations=dequant.operations,
-    scratch_types=lambda fmt, ops, config: (
-        scratch_types(fmt, config) | {"meetings": ops.barrier_scratch(MEETINGS)} | ops.copy_scratch()
+    scratch_types=lambda fmt, ops, cluster_tiles: (
+        scratch_types(fmt, cluster_tiles) | {"meetings": ops.barrier_scratch(MEETINGS)} | ops.copy_scratch()
     ),
     view=lambda pages, scope: pages,
     run=_run,
     num_warpgroups=4,
-    cluster_tiles=lambda config: config.cluster_tiles,
+    cluster_tiles=_cluster_tiles,
 )
 
 sparse_decode = functools.partial(work.sparse_decode, KERNEL)

@@ -149,24 +149,24 @@ class Kernel:
     """What differs between architectures.
 
     Attributes:
-      heuristic: (format, heads) -> config.
+      heuristic: (format, heads, extra format or None) -> config.
       operations: `interpret` argument -> the table of operations.
-      scratch_types: (format, operations, config) -> shared memory, tensor memory and barriers of a CTA.
+      scratch_types: (format, operations, tiles of a cluster) -> shared memory, tensor memory and barriers of a CTA.
       view: (cache array, scope) -> the array that the kernel gets.
       run: (work, **scratch): one CTA, all warpgroups.
       num_warpgroups: how many.
       q_row_align: an item's rows of Q begin at a multiple of it.
-      cluster_tiles: config -> how many tiles of heads are a cluster of CTAs.
+      cluster_tiles: (config, tiles, scopes) -> how many tiles of heads are a cluster of CTAs; divides `tiles`.
     """
 
-    heuristic: Callable[[KVFormat, int], Any]
+    heuristic: Callable[[KVFormat, int, KVFormat | None], Any]
     operations: Callable[[Any], Any]
-    scratch_types: Callable[[KVFormat, Any, Any], dict[str, Any]]
+    scratch_types: Callable[[KVFormat, Any, int], dict[str, Any]]
     view: Callable[[jax.Array, Scope], jax.Array]
     run: Callable[..., None]
     num_warpgroups: int
     q_row_align: int = Q_ROW_ALIGN
-    cluster_tiles: Callable[[Any], int] = lambda config: 1
+    cluster_tiles: Callable[[Any, int, list[Scope]], int] = lambda config, tiles, scopes: 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,6 +180,7 @@ class Work:
       data, indices: of each scope: what `Kernel.view` made, and int32 `[items, topk]`.
       lengths: of each scope: item -> how many indices count.
       q_rows: rows of `q` an item.
+      cluster_tiles: tiles of heads whose CTAs are a cluster.
     """
 
     q: Any
@@ -197,6 +198,7 @@ class Work:
     config: Any
     ops: Any
     q_rows: int
+    cluster_tiles: int
 
 
 def sparse_decode(
@@ -242,7 +244,7 @@ def sparse_decode(
     """
     b, s_q, num_heads, d_qk = q.shape
     items = b * s_q
-    config = config or kernel.heuristic(fmt, num_heads)
+    config = config or kernel.heuristic(fmt, num_heads, extra_fmt)
     plan.check(op="sparse", batch=b, s_q=s_q, num_heads=num_heads, topk=indices.shape[-1])
     plan.check(extra_topk=0 if extra_indices is None else extra_indices.shape[-1])
 
@@ -262,9 +264,7 @@ def sparse_decode(
         lengths.append(None if length is None else length.astype(jnp.int32).reshape(items))
 
     tiles = -(-num_heads // TILE_HEADS)
-    cluster = kernel.cluster_tiles(config)
-    if tiles % cluster:
-        raise ValueError(f"config has clusters of {cluster} tiles of {TILE_HEADS} heads, q has {num_heads} heads, {tiles} tiles")
+    cluster_tiles = kernel.cluster_tiles(config, tiles, scopes)
     # A tile of heads may reach into the next item's rows; those results go nowhere.
     q_rows = round_up(num_heads, kernel.q_row_align)
     rows = jnp.pad(q, ((0, 0), (0, 0), (0, q_rows - num_heads), (0, 0))).reshape(items * q_rows, d_qk)
@@ -286,7 +286,7 @@ def sparse_decode(
         given["lengths"] = [_length(ref, scope.topk) for ref, scope in zip(given["lengths"], scopes, strict=True)]
         work = Work(
             **given, results=Results(refs[len(leaves) :], num_heads, ops), scopes=scopes, fmt=fmt,
-            num_heads=num_heads, config=config, ops=ops, q_rows=q_rows,
+            num_heads=num_heads, config=config, ops=ops, q_rows=q_rows, cluster_tiles=cluster_tiles,
         )  # fmt: skip
         kernel.run(work, **scratch)
 
@@ -299,13 +299,13 @@ def sparse_decode(
             shape((plan.max_pieces, num_heads, fmt.d_v), jnp.float32),
             shape((plan.max_pieces, num_heads), jnp.float32),
         ),
-        grid=(tiles // cluster, plan.num_parts),
+        grid=(tiles // cluster_tiles, plan.num_parts),
         grid_names=("tile", "part"),
-        cluster=(cluster,) if cluster > 1 else (),
-        cluster_names=("cluster_tile",) if cluster > 1 else (),
+        cluster=(cluster_tiles,) if cluster_tiles > 1 else (),
+        cluster_names=("cluster_tile",) if cluster_tiles > 1 else (),
         num_threads=kernel.num_warpgroups,
         thread_name="wg",
-        scratch_types=kernel.scratch_types(fmt, ops, config),
+        scratch_types=kernel.scratch_types(fmt, ops, cluster_tiles),
         kernel_name=f"sparse_mla_{fmt.name.lower()}",
         interpret=interpret,
         compiler_params=plgpu.CompilerParams(

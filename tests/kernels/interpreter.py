@@ -5,7 +5,7 @@
 1. `pl.run_state(f)(plgpu.ACC.init(x))`: becomes x plus what `f` adds to an accumulator of zeros.
 2. `plgpu.wgmma` with its left operand in registers.
 3. TMA gather, `plgpu.copy_gmem_to_smem(rows.at[indices, columns], ...)`: a row out of range is zeros, as on hardware.
-4. TMA of an array whose first axis has length 1: as Mosaic GPU does, the place along it is left out, and so not checked.
+4. TMA of an array with an axis of length 1: as Mosaic GPU does, the place along it is left out, and so not checked.
 5. Race checks of what wgmma reads from shared memory (upstream checks TMA and plain accesses only). A product is taken
    to be awaited at once: overlap that `wgmma_wait(n > 0)` allows is not modelled.
 

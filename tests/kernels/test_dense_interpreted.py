@@ -92,7 +92,7 @@ SHARED = {
         dict(num_parts=1, is_causal=True),
     ),
     "contiguous": (lambda: contiguous(random_call(b=2, s_q=1, h=8, lengths=[40, 264]), 264), dict(num_parts=2)),
-    # Mosaic leaves a first axis of length 1 out of TMA's coordinates: what must not be read has to be out of range twice.
+    # Mosaic leaves an axis of length 1 out of TMA's coordinates: what must not be read has to be out of range twice.
     "one contiguous request": (lambda: contiguous(random_call(b=1, s_q=1, h=8, lengths=[40]), 264), dict(num_parts=1)),
 }
 CASES = SHARED | {
