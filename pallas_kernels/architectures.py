@@ -13,6 +13,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Mapping
 from types import ModuleType
+from typing import Any
 
 LACKS = {
     7: "wgmma and TMA, which came with 9.0",
@@ -48,3 +49,21 @@ def module_name(modules: Mapping[int, str], capability: tuple[int, int], op: str
 def module(package: str, modules: Mapping[int, str], capability: tuple[int, int], op: str) -> ModuleType:
     """The same, imported from `package`."""
     return importlib.import_module(f"{package}.{module_name(modules, capability, op)}")
+
+
+def on_one_device(ctx: Any) -> bool:
+    """Whether what is lowered runs on one device, or on several as one program each (shard_map over all axes).
+
+    Elsewhere XLA splits the program, and it cannot split a kernel. `ctx` is JAX's LoweringRuleContext.
+    """
+    axis_context = ctx.module_context.axis_context
+    if hasattr(axis_context, "manual_axes"):
+        return frozenset(axis_context.manual_axes) == frozenset(axis_context.mesh.axis_names)
+    return getattr(axis_context, "num_devices", None) == 1
+
+
+def lowered_for() -> tuple[int, int]:
+    """The compute capability that Mosaic GPU lowers for."""
+    from jax.experimental.mosaic.gpu import utils as mosaic_utils
+
+    return mosaic_utils._infer_arch()

@@ -28,6 +28,8 @@ import jax.numpy as jnp
 from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 
+from pallas_kernels import architectures
+
 logger = logging.getLogger("mla_jax")
 
 WARPGROUP = 128  # threads
@@ -325,9 +327,9 @@ _plan_p.def_abstract_eval(lambda *_, out_avals, **__: out_avals)
 
 def _lower_for_cuda(ctx, *lengths, problem, reference, out_avals):
     ctx = ctx.replace(platforms=("cuda",))  # Pallas refuses to lower for more than one platform at a time
-    if _on_one_device(ctx.module_context.axis_context):
+    if architectures.on_one_device(ctx):
         try:
-            if _capability()[0] in CAPABILITIES:
+            if architectures.lowered_for()[0] in CAPABILITIES:
                 kernel = functools.partial(launch, problem=problem)
                 return mlir.lower_fun(kernel, multiple_results=True)(ctx, *lengths)
         except Exception as error:  # another jax, say; a step must not fail for what makes it 5 us faster
@@ -347,19 +349,6 @@ def _batch(lengths, axes, *, reference, **_):
 mlir.register_lowering(_plan_p, _lower_for_cuda, platform="cuda")
 mlir.register_lowering(_plan_p, _lower_elsewhere)
 batching.primitive_batchers[_plan_p] = _batch
-
-
-def _on_one_device(axis_context: Any) -> bool:
-    """Whether what is lowered runs on one device, or on several as one program each (shard_map over all axes)."""
-    if hasattr(axis_context, "manual_axes"):
-        return frozenset(axis_context.manual_axes) == frozenset(axis_context.mesh.axis_names)
-    return getattr(axis_context, "num_devices", None) == 1
-
-
-def _capability() -> tuple[int, int]:
-    from jax.experimental.mosaic.gpu import utils as mosaic_utils
-
-    return mosaic_utils._infer_arch()
 
 
 @functools.cache

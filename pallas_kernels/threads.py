@@ -10,6 +10,7 @@ In tests it is a machine in numpy, where the same value is an array `[threads]` 
 | + - * // & or < <= > >= == != of values and Python ints; // of numbers that are not negative | `Value` | numpy's |
 | `m.where`, `m.minimum`, `m.maximum` | select, min, max | numpy's |
 | `m.load`, `m.store`, `m.store_row` | of shared and global memory, by predicate | indexing, with a check for races |
+| `m.load_bytes`, `m.store_bytes` | of rows of bytes, at 64-bit addresses, by predicate | the same |
 | `m.sync` | `bar.sync` | what was stored before may be loaded |
 | `m.warp_scan`, `m.warp_max` | shuffles, `redux.sync` | cumsum and max of 32 |
 """
@@ -122,6 +123,45 @@ class Threads:
         assert space == "global" and len(values) == 4
         registers = [value.register for value in values]
         asm("@$5 st.global.v4.b32 [$0], {$1, $2, $3, $4};", "l,r,r,r,r,b", address, *registers, where.register)
+
+    def load_bytes(
+        self, array: ir.Value, row: Value, row_bytes: int, offset: Value, size: int, where: Value
+    ) -> list[Value]:
+        """`size` bytes (1, 2, 4, 8 or 16) of a row of a global array, or zeros for threads for which `where` fails."""
+        kind, words = self._words(size)
+        names = [f"${k}" for k in range(words)]
+        text = "{ " + " ".join(f"mov.b32 {name}, 0;" for name in names)
+        text += f" @${words} ld.global.nc.L1::no_allocate.{kind} {self._vector(names)}, [${words + 1}]; }}"
+        result = "i32" if words == 1 else f"!llvm.struct<({', '.join(['i32'] * words)})>"
+        constraints = "=&r," * words + "b,l"
+        found = asm(text, constraints, where.register, self._row_address(array, row, row_bytes, offset), result=result)
+        if words == 1:
+            return [Value(found)]
+        return [Value(llvm.extractvalue(_i32(), found, [k])) for k in range(words)]
+
+    def store_bytes(
+        self, array: ir.Value, row: Value, row_bytes: int, offset: Value, data: list[Value], size: int, where: Value
+    ) -> None:
+        """What `load_bytes` gave to a row of a global array, by the threads for which `where` holds."""
+        kind, words = self._words(size)
+        names = [f"${k + 2}" for k in range(words)]
+        text = f"@$0 st.global.{kind} [$1], {self._vector(names)};"
+        address = self._row_address(array, row, row_bytes, offset)
+        asm(text, "b,l" + ",r" * words, where.register, address, *(x.register for x in data))
+
+    def _words(self, size: int) -> tuple[str, int]:
+        """PTX type of `size` bytes, and how many registers it is."""
+        kinds = {1: ("u8", 1), 2: ("u16", 1), 4: ("b32", 1), 8: ("v2.b32", 2), 16: ("v4.b32", 4)}
+        return kinds[size]
+
+    def _vector(self, names: list[str]) -> str:
+        return names[0] if len(names) == 1 else f"{{{', '.join(names)}}}"
+
+    def _row_address(self, array: ir.Value, row: Value, row_bytes: int, offset: Value) -> ir.Value:
+        space, base = self._address(array, 0, 1)
+        assert space == "global"
+        start = arith.muli(arith.extui(base.type, row.register), mosaic_utils.c(row_bytes, base.type))
+        return arith.addi(arith.addi(base, start), arith.extui(base.type, offset.register))
 
     def _address(self, array: ir.Value, index: Value | int, item_bytes: int) -> tuple[str, ir.Value]:
         if array not in self._addresses:

@@ -84,7 +84,7 @@ def test_a_link_by_data_would_not_pass(h100, monkeypatch):
     def by_data(op):
         def chain(caches, args, carry):
             for arg in args:
-                carry = op(caches, timer._linked(arg, carry) | {"carry": carry})
+                carry = op(caches, timer.linked(arg, carry) | {"carry": carry})
             return carry
 
         return chain

@@ -3,25 +3,30 @@
     python -m mla_jax.bench.engram lookup            # device tables of 1e5 to 3e7 rows: us per lookup, rows checked
     python -m mla_jax.bench.engram prefetch          # tables in device, pinned host and numpy memory beside attention
 
-`lookup` gives device time in the isolated regime of `mla_jax.bench.timer` (idle GPU, cold L2). `prefetch` gives wall
-time per step of a chain of dependent steps, since part of the work is the host's: a step hashes its tokens, fetches
-rows, runs one attention layer, then an Engram layer of DeepSeek-V4.1's sizes. A fetch that is hidden behind attention
-adds nothing to the column `none` (rows fetched once, beforehand), whatever it takes alone.
+`lookup` gives device time in the isolated regime of `mla_jax.bench.timer` (idle GPU, cold L2). In `prefetch` a step
+hashes its tokens, fetches rows, runs one attention layer, then an Engram layer of DeepSeek-V4.1's sizes, and every step
+depends on the one before. `us a step` is device time of a chain of steps in one program, first kernel's start to last
+kernel's end, which no dispatch is part of; then how much of it the kernel ran that gathers from host memory, and how
+much of that beside other kernels. A fetch that is hidden adds nothing to the step whose rows were fetched beforehand
+(`none`), whatever it takes alone. With numpy arrays the host is part of the step, three dispatches of it: `host us a
+step` is wall time, to compare with `none` in as many dispatches.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mla_jax.bench import inputs, timer, workloads
+from mla_jax.bench import cupti, inputs, timer, workloads
 from mla_jax.nn import engram
 from mla_jax.nn.engram import EngramConfig, EngramTable
 from pallas_kernels.formats import BF16, E4M3
@@ -31,6 +36,7 @@ LOOKUP_TOKENS = (1, 128, 4096)
 PREFETCH_BATCH = (8, 32, 128)
 PREFETCH_ROWS = 4_000_000  # 1 GiB: far beyond the host's caches
 FETCHES = ("none", "device", "pinned_host", "numpy")
+COLUMNS = dict(us="us a step", gather_us="of it gathering", beside_us="beside others", host_us="host us a step")
 
 
 def config_of_rows(rows: int, **changes: Any) -> EngramConfig:
@@ -98,94 +104,139 @@ def measure_lookup(sizes: tuple[int, ...] = LOOKUP_ROWS, repeats: int = 10) -> N
         del table
 
 
-def make_step(config: EngramConfig, token_map: jax.Array, layer: Callable, table: EngramTable | None) -> Callable:
-    """One step, `(params, state, embeddings) -> state`: hash and fetch, a layer of attention, an Engram layer.
+def make_step(config: EngramConfig, token_map: jax.Array) -> tuple[Callable, Callable]:
+    """What a step does around a layer of attention: `before(state) -> rows, keep` hashes its tokens, and
+    `after(params, state, out, embeddings, keep) -> state` runs an Engram layer. All depend on the step before."""
 
-    A table in numpy arrays makes three dispatches of it: the host gathers rows while the GPU runs attention, having
-    waited for the hash alone. Any other is one jitted function. No table: embeddings come with the call.
-    """
-
-    @jax.jit
-    def before(tokens, history, position):
+    def before(state):
+        _, tokens, history, position = state
         rows, keep = engram.hash_tokens(config, token_map, tokens, history, position)
         return rows[:, :, 0], keep
 
-    @jax.jit
     def after(params, state, out, embeddings, keep):
         x, tokens, history, position = state
         x = x + out[:, :, : config.hc_mult, :1].astype(x.dtype)  # [b, 1, hc, d]
         x = engram.forward(params, config, x, embeddings, keep)
-        sampled = jnp.max(jnp.abs(x[..., 0, :8]), axis=-1).astype(jnp.int32) + tokens  # depends on the layers
+        sampled = tokens * 5 + 1 + jnp.max(jnp.abs(x[..., 0, :8]), axis=-1).astype(jnp.int32)  # other ones every step
         history = engram.advance(history, tokens, jnp.ones_like(position))
-        return x, sampled % config.vocab_size, history, position + 1
+        return x * 0.5, sampled % config.vocab_size, history, position + 1
 
-    def step(params, state, table, layer_args, embeddings):
-        rows, keep = before(*state[1:])
-        if table is not None and not isinstance(table.values, np.ndarray):
-            embeddings = engram.lookup(table, rows)  # [b, 1, embedding_dim]
-        out = layer(*layer_args)
-        if table is not None and isinstance(table.values, np.ndarray):
-            embeddings = engram.lookup(table, rows)
-        return after(params, state, out, embeddings, keep)
-
-    on_host = table is not None and isinstance(table.values, np.ndarray)
-    return step if on_host else jax.jit(step)
+    return before, after
 
 
 def measure_prefetch(
     batches: tuple[int, ...] = PREFETCH_BATCH,
     size: int = PREFETCH_ROWS,
-    steps: int = 30,
+    steps: int = 50,
     layer_of: Callable[[int], tuple[Callable, tuple]] | None = None,
+    traced: Callable[[Callable[[], Any]], list[cupti.Activity]] | None = None,
     **changes: Any,
-) -> dict[tuple[int, str], float]:
-    """Prints, and returns by (batch, what), microseconds per step. `layer_of` replaces the layer (tests)."""
+) -> list[dict[str, Any]]:
+    """Prints, and returns, a record a batch and way to fetch. `layer_of` and `traced` stand in for a GPU in tests."""
     config = config_of_rows(size, **changes)
     params = engram.init_params(config, jax.random.key(0))
     token_map = jnp.arange(config.vocab_size, dtype=jnp.int32) % config.compressed_vocab_size
     tables = {fetch: None if fetch == "none" else make_table(config, fetch) for fetch in FETCHES}
-    columns = (*FETCHES, *(f"{fetch} alone" for fetch in FETCHES[1:]))
-    print(f"{'batch':>6}" + "".join(f"{column:>20}" for column in columns) + "   (us per step)")
-    times: dict[tuple[int, str], float] = {}
+    on_host = tables["numpy"]
+    assert on_host is not None
+    before, after = make_step(config, token_map)
+    hashed, rest = jax.jit(before), jax.jit(after)
+    records: list[dict[str, Any]] = []
+    print(f"{'batch':>6}{'rows from':>13}" + "".join(f"{title:>18}" for title in COLUMNS.values()))
     for b in batches:
         layer, layer_args = (layer_of or dense_layer)(b)
+        attention = jax.jit(layer)
         x = jax.random.normal(jax.random.key(1), (b, 1, config.hc_mult, config.hidden_size), jnp.float32)
         tokens = jax.random.randint(jax.random.key(2), (b, 1), 0, config.vocab_size, jnp.int32)
         start = (x.astype(config.dtype), tokens, engram.init_history(config, b), jnp.zeros(b, jnp.int32))
-        rows = engram.hash_tokens(config, token_map, tokens)[0][:, :, 0]
-        on_host = tables["numpy"]
-        assert on_host is not None
-        embeddings = engram.lookup(on_host, rows)
-        results = {}
+        rows = hashed(start)[0]
+        fixed = engram.lookup(on_host, rows)  # [b, 1, embedding_dim]; of the first step
         for fetch, table in tables.items():
-            step = make_step(config, token_map, layer, table)
 
-            def chain(n, table=table, step=step, state=start, fixed=embeddings, layer_args=layer_args):
-                for _ in range(n):
-                    state = step(params, state, table, layer_args, fixed)
-                return jax.block_until_ready(state)
+            def one_program(params, state, table, fixed, layer_args, layer=layer):
+                rows, keep = before(state)
+                if table is None:  # as much to do for them as for rows that were fetched
+                    embeddings = jnp.where(rows[:, :, :1] >= 0, fixed, 0)
+                else:
+                    embeddings = engram.lookup(table, rows)
+                return after(params, state, layer(state[0], *layer_args), embeddings, keep)
 
-            results[fetch] = np.asarray(chain(1)[0], np.float32)
-            times[b, fetch] = per_step(chain, steps)
-            np.testing.assert_allclose(results[fetch], results["none"], rtol=2e-2, atol=2e-2)
-            if table is not None:
-                lookup = engram.lookup if fetch == "numpy" else jax.jit(engram.lookup)
+            def three_dispatches(params, state, table, fixed, layer_args, attention=attention):
+                rows, keep = hashed(state)
+                out = attention(state[0], *layer_args)
+                embeddings = fixed if table is None else engram.lookup(table, rows)  # while attention runs
+                return rest(params, state, out, embeddings, keep)
 
-                def alone(n, table=table, lookup=lookup, rows=rows):
+            record: dict[str, Any] = dict(batch=b, rows_from=fetch)
+            arguments = (params, start, table, fixed, layer_args)
+            if fetch != "numpy":
+                record |= _device_times(one_program, arguments, steps, traced or _traced)
+            if fetch in ("none", "numpy"):
+
+                def chain(n, arguments=arguments, step=three_dispatches):
+                    params, state, *others = arguments
                     for _ in range(n):
-                        jax.block_until_ready(lookup(table, rows))
+                        state = step(params, state, *others)
+                    return jax.block_until_ready(state)
 
-                alone(2)
-                times[b, f"{fetch} alone"] = per_step(alone, steps)
-        print(f"{b:6}" + "".join(f"{times[b, column]:20.1f}" for column in columns), flush=True)
+                chain(1)
+                record["host_us"] = per_step(chain, steps)
+            got = fixed if table is None else engram.lookup(table, rows)
+            np.testing.assert_array_equal(np.asarray(got), np.asarray(fixed))
+            cells = ("" if (cell := record.get(name)) is None else f"{cell:.2f}" for name in COLUMNS)
+            print(f"{b:6}{fetch:>13}" + "".join(f"{cell:>18}" for cell in cells), flush=True)
+            records.append(record)
+    return records
+
+
+def _device_times(
+    step: Callable, arguments: tuple, steps: int, traced: Callable[[Callable[[], Any]], list[cupti.Activity]]
+) -> dict[str, float]:
+    """Of a chain of dependent steps in one program, so that the host's dispatch is no part of it."""
+
+    @jax.jit
+    def chain(params, state, *others):
+        return jax.lax.scan(lambda state, _: (step(params, state, *others), None), state, None, length=steps)[0]
+
+    def run():
+        return jax.block_until_ready(chain(*arguments))
+
+    run()
+    runs = [traced(run) for _ in range(3)]
+    activities = sorted(runs, key=cupti.span_us)[1]
+    gathers = [a for a in activities if "row_gather" in a.name]
+    times = dict(us=cupti.span_us(activities) / steps, kernels=len(activities) / steps)
+    if gathers:
+        beside = sum(_beside(g, activities) for g in gathers)
+        times |= dict(gather_us=cupti.busy_us(gathers) / steps, beside_us=beside / steps)
     return times
 
 
+def _beside(gather: cupti.Activity, activities: list[cupti.Activity]) -> float:
+    """Microseconds of a gather during which other kernels ran."""
+    spans = [(max(a.start_ns, gather.start_ns), min(a.end_ns, gather.end_ns)) for a in activities if a is not gather]
+    found, reached = 0, gather.start_ns
+    for start, end in sorted(span for span in spans if span[0] < span[1]):
+        found += max(0, end - max(start, reached))
+        reached = max(reached, end)
+    return found / 1e3
+
+
+def _traced(run: Callable[[], Any]) -> list[cupti.Activity]:
+    with cupti.trace() as activities:
+        run()
+    return activities
+
+
 def dense_layer(b: int) -> tuple[Callable, tuple]:
-    """Attention of a decode step over 4096 keys a request, and its arguments."""
+    """Attention of a decode step over 4096 keys a request, `(x, *arguments) -> out`, and its arguments."""
     workload = workloads.dense(b, 1, 128, 4096)
     built = inputs.build(workload)
-    return jax.jit(lambda caches, args: inputs.call(workload, caches, args)[0]), (built.caches, built.sets[0])
+
+    def layer(x, caches, args):
+        return inputs.call(workload, caches, args | timer.linked({"q": args["q"]}, x))[0]
+
+    return layer, (built.caches, built.sets[0])
 
 
 def per_step(chain: Callable[[int], Any], steps: int) -> float:
@@ -202,12 +253,16 @@ def per_step(chain: Callable[[int], Any], steps: int) -> float:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Measure Engram lookups on a GPU.")
     parser.add_argument("what", choices=("lookup", "prefetch"))
-    what = parser.parse_args(argv).what
+    parser.add_argument("--batches", type=int, nargs="+", default=PREFETCH_BATCH, help="requests, for prefetch")
+    parser.add_argument("--json", type=Path, help="where to write prefetch's records")
+    args = parser.parse_args(argv)
     timer.require_gpu()
-    if what == "lookup":
+    if args.what == "lookup":
         measure_lookup()
-    else:
-        measure_prefetch()
+        return
+    records = measure_prefetch(tuple(args.batches))
+    if args.json:
+        args.json.write_text(json.dumps(records, indent=1))
 
 
 if __name__ == "__main__":

@@ -275,7 +275,7 @@ def _data_chain(op: Callable) -> Callable:
     def chain(caches, args, _carry):
         result = None
         for arg in args:
-            result = op(caches, arg if result is None else _linked(arg, result))
+            result = op(caches, arg if result is None else linked(arg, result))
         return result
 
     return chain
@@ -297,7 +297,7 @@ def _carry_chain(op: Callable) -> Callable:
     return chain
 
 
-def _linked(args: dict, result: Any) -> dict:
+def linked(args: dict, result: Any) -> dict:
     """`args` with a zero made from `result` added to the first of them, which XLA cannot see through."""
     name, x = next(iter(args.items()))
     leaf = jax.tree.leaves(result)[0].ravel()[0]

@@ -4,6 +4,7 @@ import jax.numpy as jnp
 import pytest
 
 from mla_jax.bench import engram as bench
+from mla_jax.bench.cupti import Activity
 from mla_jax.nn import engram
 
 
@@ -20,12 +21,18 @@ def test_rows_are_checked():
 
 
 @pytest.mark.slow
-def test_every_fetch_computes_the_same_step(capsys):
-    """`measure_prefetch` compares the outputs itself; the times of a CPU mean nothing."""
+def test_every_fetch_is_measured(capsys):
+    """The times are made up; that every way gives the same rows `measure_prefetch` checks itself."""
 
     def layer(b):
-        return (lambda q: q * 2), (jnp.ones((b, 1, 8, 4), jnp.bfloat16),)
+        return (lambda x, q: q * 2 + x[0, 0, 0, 0]), (jnp.ones((b, 1, 8, 4), jnp.bfloat16),)
 
-    times = bench.measure_prefetch((2,), 2400, 2, layer, hidden_size=32)
-    assert {fetch for _, fetch in times} == {*bench.FETCHES, "device alone", "pinned_host alone", "numpy alone"}
-    assert len(capsys.readouterr().out.splitlines()) == 2
+    def traced(run):
+        run()
+        return [Activity("attention", 1000, 4000, True), Activity("mla_row_gather", 3000, 7000, True)]
+
+    records = bench.measure_prefetch((2,), 2400, 2, layer, traced, hidden_size=32)
+    assert [r["rows_from"] for r in records] == list(bench.FETCHES)
+    assert all(r["us"] == 3.0 and r["gather_us"] == 2.0 and r["beside_us"] == 0.5 for r in records[:3])
+    assert [("host_us" in r, "us" in r) for r in records] == [(True, True), (False, True), (False, True), (True, False)]
+    assert len(capsys.readouterr().out.splitlines()) == 1 + len(records)

@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import mla_jax
-from pallas_kernels import plan_kernel, schedule
+from pallas_kernels import architectures, plan_kernel, schedule
 from pallas_kernels.plan_kernel import Scope
 from tests.kernels import aot, simt
 
@@ -159,7 +159,7 @@ def test_jnp_makes_the_plans_that_the_kernel_does_not():
 
 @pytest.mark.parametrize("capability, kernels", [((8, 0), 0), ((9, 0), 1), ((10, 3), 1), ((12, 0), 0)])
 def test_gpus_with_other_kernels_have_jnp_plans(capability, kernels, monkeypatch):
-    monkeypatch.setattr(plan_kernel, "_capability", lambda: capability)
+    monkeypatch.setattr(architectures, "lowered_for", lambda: capability)
     batch = 10 + capability[0]  # a shape of its own, since jax remembers what it lowered
     assert kernels_in(plan, I32((batch,))) == kernels
 

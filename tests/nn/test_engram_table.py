@@ -25,6 +25,7 @@ from mla_jax.nn.engram import (
     lookup,
     place,
 )
+from pallas_kernels import architectures
 from pallas_kernels.formats import BF16, E4M3, E8M0
 
 ROWS = jnp.asarray(G["hash_ids"][:, 1], jnp.int32)  # [29, 12]
@@ -100,16 +101,38 @@ def test_a_whole_step_over_a_mesh(kind):
     assert {y.sharding.spec[0] for y in (rows, out, history)} == {"data"}
 
 
-@pytest.mark.parametrize("partition", [None, PARTITIONS["8 by columns"]], ids=["whole", "partitioned"])
-def test_rows_in_pinned_memory_are_gathered_by_the_host(partition):
-    """On CPUs all memory is one: so by the program for a GPU. Rows that the GPU gathered would cross one by one."""
-    table = place(wide_table()[0], "pinned_host", partition=partition)
-    rows = jnp.zeros((6, 5), jnp.int32)
-    text = jax.jit(lookup).trace(table, rows).lower(lowering_platforms=("cuda",)).as_text()
+def for_cuda(table):
+    """The program that looks rows up on a GPU, and of it what the host's processors gather."""
+    text = jax.jit(lookup).trace(table, jnp.zeros((6, 5), jnp.int32)).lower(lowering_platforms=("cuda",)).as_text()
     gathers = [line for line in text.splitlines() if "stablehlo.gather" in line]
-    assert len(gathers) == 2 and all('_xla_compute_type = "host"' in line for line in gathers)
-    on_device = jax.jit(lookup).trace(place(wide_table()[0]), rows).lower(lowering_platforms=("cuda",)).as_text()
-    assert "_xla_compute_type" not in on_device
+    return text, [line for line in gathers if '_xla_compute_type = "host"' in line]
+
+
+@pytest.mark.parametrize("partition", [None, *PARTITIONS.values()], ids=["whole", *PARTITIONS])
+def test_a_gpu_reads_rows_in_pinned_memory_itself(partition):
+    """On CPUs all memory is one: so by the program for a GPU. Over part of a mesh XLA splits it, and no kernel can be
+    in it: there the host gathers, since rows that XLA's GPU code gathered would take the whole table with them."""
+    text, by_host = for_cuda(place(wide_table()[0], "pinned_host", partition=partition))
+    if partition is None or partition.mesh is FLAT:
+        assert text.count("@mosaic_gpu_v2(") == 1 and "stablehlo.gather" not in text and not by_host
+    else:
+        assert "mosaic_gpu" not in text and len(by_host) == 2
+
+
+def test_where_no_kernel_exists_the_host_gathers(monkeypatch):
+    monkeypatch.setattr(architectures, "lowered_for", lambda: (8, 0))
+    text, by_host = for_cuda(place(wide_table(1003)[0], "pinned_host"))  # of a size that JAX has not lowered yet
+    assert "mosaic_gpu" not in text and len(by_host) == 2
+    text, by_host = for_cuda(place(wide_table()[0]))  # in the GPU's memory XLA gathers
+    assert "_xla_compute_type" not in text and not by_host
+
+
+@pytest.mark.parametrize("where", ["device", "pinned_host"])
+def test_vmap_of_a_lookup(where):
+    table = place(wide_table()[0], where)
+    rows = jnp.asarray(np.random.default_rng(2).integers(-3, 1009, (4, 3, 5)), jnp.int32)
+    got = jax.jit(jax.vmap(lookup, in_axes=(None, 1), out_axes=1))(table, rows)
+    np.testing.assert_array_equal(got, lookup(table, rows))
 
 
 def test_rows_outside_give_zeros():

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
 
 import jax
@@ -29,6 +29,7 @@ from jax.experimental.compute_on import compute_on
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
 from mla_jax import checks
+from pallas_kernels import row_gather
 from pallas_kernels.formats import BF16, E4M3, E8M0, F32
 
 SCALE_TILE = 32  # values that share a scale
@@ -236,24 +237,30 @@ def _take_numpy(table: EngramTable, rows: np.ndarray) -> list[jax.Array]:
     return [jax.device_put(np.where(inside[..., None], x, np.zeros((), x.dtype))) for x in found]
 
 
-def _take(arrays: Sequence[jax.Array], rows: jax.Array, first: jax.Array | int, where: Placement) -> list[jax.Array]:
-    """Rows of arrays that hold `first` and following ones; zeros for the others. Each `[*n, columns, width]`."""
-    local = rows - first  # [*n, columns]
-    stored = arrays[0].shape[0]
-    inside = (local >= 0) & (local < stored)  # [*n, columns]
-    index = jnp.clip(local, 0, stored - 1)  # [*n, columns]
-
-    def gather(arrays: Sequence[jax.Array], index: jax.Array) -> list[jax.Array]:
-        return [take_rows(x, index) for x in arrays]
-
+def _take(arrays: Sequence[jax.Array], rows: jax.Array, where: Placement) -> list[jax.Array]:
+    """Rows of arrays; zeros for those outside. Each `[*n, columns, width]`."""
     if where == "pinned_host":
-        # The arrays are there already, but `jax.make_array_from_callback` leaves types that do not say so.
-        operands = jax.device_put((list(arrays), index), jax.memory.Space.Host)
-        on_host = compute_on(gather, compute_type="device_host", out_memory_spaces=jax.memory.Space.Device)
-        found = on_host(*operands)
-    else:
-        found = gather(arrays, index)
+        return row_gather.gather(arrays, rows, functools.partial(_take_by, _gather_on_host))
+    return _take_by(_gather, *arrays, rows)
+
+
+def _take_by(gather: Callable[..., list[jax.Array]], *operands: jax.Array) -> list[jax.Array]:
+    *arrays, rows = operands
+    stored = arrays[0].shape[0]
+    inside = (rows >= 0) & (rows < stored)  # [*n, columns]
+    found = gather(arrays, jnp.clip(rows, 0, stored - 1))
     return [jnp.where(inside[..., None], x, jnp.zeros((), x.dtype)) for x in found]
+
+
+def _gather(arrays: Sequence[jax.Array], index: jax.Array) -> list[jax.Array]:
+    return [take_rows(x, index) for x in arrays]
+
+
+def _gather_on_host(arrays: Sequence[jax.Array], index: jax.Array) -> list[jax.Array]:
+    """The host's processors gather, wherever no kernel can: XLA lets a GPU compute nothing from host memory."""
+    # The arrays are there already, but `jax.make_array_from_callback` leaves types that do not say so.
+    operands = jax.device_put((list(arrays), index), jax.memory.Space.Host)
+    return compute_on(_gather, compute_type="device_host", out_memory_spaces=jax.memory.Space.Device)(*operands)
 
 
 @functools.partial(jax.jit, static_argnames=("partition", "where"))
@@ -262,12 +269,12 @@ def _fetch(
 ) -> list[jax.Array]:
     """The same from arrays that may be cut over a mesh. Each `[*n, columns, width]`."""
     if partition is None:
-        return _take(arrays, rows, 0, where)
+        return _take(arrays, rows, where)
     by_rows = partition.by == "rows"
 
     def local(arrays: Sequence[jax.Array], rows: jax.Array) -> list[jax.Array]:
         first = lax.axis_index(partition.axis) * arrays[0].shape[0] if by_rows else 0
-        return [join(part) for part in _take(arrays, rows, first, where)]
+        return [join(part) for part in _take(arrays, rows - first, where)]
 
     def join(part: jax.Array) -> jax.Array:
         small = part.dtype.itemsize == 1
