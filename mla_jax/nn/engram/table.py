@@ -208,8 +208,7 @@ def lookup(table: EngramTable, rows: jax.Array, *, dtype: Any = BF16) -> jax.Arr
         parts = _take_numpy(table, np.asarray(rows))
     else:
         parts = _fetch(table._arrays(), rows, table.partition, table.where)
-    values = _dequantize(parts, dtype)  # [*n, columns, head_dim]
-    return values.reshape(*rows.shape[:-1], rows.shape[-1] * table.head_dim)
+    return _embeddings(parts, dtype)
 
 
 def take_rows(array: jax.Array, index: jax.Array) -> jax.Array:
@@ -221,20 +220,28 @@ def take_rows(array: jax.Array, index: jax.Array) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnames="dtype")
-def _dequantize(parts: Sequence[jax.Array], dtype: Any) -> jax.Array:
-    """Stored bytes, or values, `[..., head_dim]` and scales `[..., tiles]` -> dtype `[..., head_dim]`."""
-    if len(parts) == 1:
-        return parts[0].astype(dtype)
-    values, scales = parts
-    tiles = values.reshape(*scales.shape, SCALE_TILE).astype(jnp.float32)  # [..., tiles, 32]
-    factor = lax.bitcast_convert_type(scales, E8M0).astype(jnp.float32)[..., None]  # [..., tiles, 1]
-    return (tiles * factor).astype(dtype).reshape(values.shape)
+def _embeddings(parts: Sequence[jax.Array], dtype: Any) -> jax.Array:
+    """Stored bytes, or values, `[*n, columns, head_dim]` and scales `[*n, columns, tiles]` -> what `lookup` returns."""
+    values, *scales = parts
+    *n, columns, head_dim = values.shape
+    if scales:
+        tiles = values.reshape(*scales[0].shape, SCALE_TILE).astype(jnp.float32)  # [*n, columns, tiles, 32]
+        factor = lax.bitcast_convert_type(scales[0], E8M0).astype(jnp.float32)[..., None]  # [*n, columns, tiles, 1]
+        values = (tiles * factor).astype(dtype).reshape(values.shape)
+    return values.astype(dtype).reshape(*n, columns * head_dim)
 
 
-def _take_numpy(table: EngramTable, rows: np.ndarray) -> list[jax.Array]:
+def _take_numpy(table: EngramTable, rows: np.ndarray) -> list[np.ndarray]:
+    """Rows of numpy arrays; zeros for those outside. Each `[*n, columns, width]`."""
     inside = (rows >= 0) & (rows < table.num_rows)  # [*n, columns]
-    found = [array[np.where(inside, rows, 0)] for array in table._arrays()]  # each [*n, columns, width]
-    return [jax.device_put(np.where(inside[..., None], x, np.zeros((), x.dtype))) for x in found]
+    index = np.where(inside, rows, 0)
+    found = []
+    for array in table._arrays():
+        raw = array.view(np.uint8) if array.dtype.itemsize == 1 else array  # numpy copies e4m3 value by value
+        part = raw.take(index, axis=0)  # [*n, columns, width]
+        part[~inside] = 0
+        found.append(part.view(array.dtype))
+    return found
 
 
 def _take(arrays: Sequence[jax.Array], rows: jax.Array, where: Placement) -> list[jax.Array]:
