@@ -337,6 +337,7 @@ def _count(instructions: Sequence[str]) -> dict[str, int]:
 
 KERNELS = (
     "pallas_kernels.dense_decode.aot_cases", "pallas_kernels.sparse_decode.aot_cases", "pallas_kernels.plan_aot_cases",
+    "pallas_kernels.row_gather_aot_cases",
 )  # fmt: skip
 """Modules with a function `configurations(arch) -> {name: (function, arguments)}`: what an op ships for `arch`."""
 

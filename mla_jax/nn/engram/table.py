@@ -4,8 +4,9 @@ A table is far larger than anything else in the model (94 GiB for each of DeepSe
 24 rows of it. So what matters is where it lives:
 
   device      in the GPU's memory, on one device or, with a `Partition`, over the devices of a mesh axis.
-  host        in pinned host memory (JAX's memory kind "pinned_host"), partitioned or not. Rows are gathered by the host
-              within the jitted step; only they cross to the device.
+  host        in pinned host memory (JAX's memory kind "pinned_host"), partitioned or not. The GPU reads the rows over
+              the bus, within the jitted step, with a kernel of its own (pallas_kernels/row_gather.py); the host's
+              processors gather them where there is none.
   mapped      numpy arrays, a memory-mapped checkpoint for instance. Rows are gathered by numpy, outside `jit`: while
               layers dispatched before it run.
 
@@ -264,7 +265,7 @@ def _gather(arrays: Sequence[jax.Array], index: jax.Array) -> list[jax.Array]:
 
 
 def _gather_on_host(arrays: Sequence[jax.Array], index: jax.Array) -> list[jax.Array]:
-    """The host's processors gather, wherever no kernel can: XLA lets a GPU compute nothing from host memory."""
+    """The host's processors gather, where no kernel can: XLA's own GPU code computes nothing from host memory."""
     # The arrays are there already, but `jax.make_array_from_callback` leaves types that do not say so.
     operands = jax.device_put((list(arrays), index), jax.memory.Space.Host)
     return compute_on(_gather, compute_type="device_host", out_memory_spaces=jax.memory.Space.Device)(*operands)
