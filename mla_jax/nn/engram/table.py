@@ -293,12 +293,15 @@ def _fetch(
             raw = lax.all_gather(raw, partition.axis, axis=raw.ndim - 1, tiled=True)  # [*n, columns, width]
         return lax.bitcast_convert_type(raw, part.dtype) if small else raw
 
+    axes, spec = {partition.axis}, PartitionSpec()
+    if where == "pinned_host":  # a kernel must see every axis cut; by those that no type names, rows are not
+        axes, spec = set(partition.mesh.axis_names), jax.typeof(rows).sharding.spec
     run = jax.shard_map(
         local,
         mesh=partition.mesh,
-        in_specs=([partition.spec] * len(arrays), PartitionSpec()),
-        out_specs=PartitionSpec(),
-        axis_names={partition.axis},
+        in_specs=([partition.spec] * len(arrays), spec),
+        out_specs=spec,
+        axis_names=axes,
         check_vma=False,  # an all-gather's result is the same everywhere, which the checker does not know
     )
     return run(list(arrays), rows)
