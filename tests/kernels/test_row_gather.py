@@ -1,12 +1,19 @@
 """The kernel that gathers rows wherever they lie: on a machine in numpy, byte by byte, and compiled for an H100."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import SingleDeviceSharding
+from jaxlib.mlir import ir
 
+from mla_jax.nn.engram import EngramTable, lookup
 from pallas_kernels import row_gather
+from pallas_kernels.formats import E4M3
 from pallas_kernels.row_gather import THREADS, Problem
+from tests import compiling
 from tests.kernels import aot, simt
 
 
@@ -65,3 +72,38 @@ def test_compiled():
     assert kernel.count("LDG.E.NA.128.CONSTANT") == kernel.count("STG.E.128") == row_gather.CHUNKS
     assert len(table_loads) == len(stores) == row_gather.CHUNKS + 1 and max(table_loads) < min(stores)
     assert kernel.count("IMAD.WIDE.U32") >= row_gather.CHUNKS + 1  # 64-bit addresses
+
+
+def test_the_table_stays_where_it_lies():
+    """XLA hands the kernel a table in host memory as it is and copies none of it, in a loop too."""
+    device = compiling.h100()
+    rows = jax.ShapeDtypeStruct((3, 8, 24), jnp.int32, sharding=SingleDeviceSharding(device))
+
+    def steps(values, scales, rows):
+        def step(total, rows):
+            found = lookup(EngramTable(values, scales, 10**7, None, "pinned_host"), rows)
+            return total + found, None
+
+        return jax.lax.scan(step, jnp.zeros((8, 6144), jnp.bfloat16), rows)[0]
+
+    with jax.default_device(device):
+        arrays = [jax.ShapeDtypeStruct((10**7, n), t, sharding=rows.sharding) for n, t in ((256, E4M3), (8, jnp.uint8))]
+        lowered = jax.jit(steps).trace(*arrays, rows).lower()
+        _put_arguments(lowered.compiler_ir("stablehlo"), ("pinned_host", "pinned_host", "device"))
+        text = lowered.compile().as_text()
+    kernels = [line for line in text.splitlines() if "mosaic_gpu" in line]
+    assert len(kernels) == 1 and "S(5)" in text.splitlines()[0]
+    in_host_memory = [line for line in text.splitlines() if re.match(r" .* = .*S\(5\)", line)]
+    operations = {re.search(r" ([a-z-]+)\(", line.split(" = ", 1)[1])[1] for line in in_host_memory}
+    assert operations == {"parameter", "get-tuple-element", "tuple", "while"}
+
+
+def _put_arguments(module, memory_kinds):
+    """Names the memory of each argument, as JAX does for arrays that exist: a device to compile for has no memories."""
+    with module.context:
+        (main,) = (op for op in module.body.operations if op.operation.attributes["sym_name"].value == "main")
+        attributes = [
+            ir.DictAttr.get({a.name: a.attr for a in old} | {"mhlo.memory_kind": ir.StringAttr.get(kind)})
+            for old, kind in zip(main.attributes["arg_attrs"], memory_kinds, strict=True)
+        ]
+        main.attributes["arg_attrs"] = ir.ArrayAttr.get(attributes)
