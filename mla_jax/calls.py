@@ -10,6 +10,7 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from mla_jax.cache import PagedKVCache
 from pallas_kernels.formats import KVFormat
@@ -21,7 +22,7 @@ class DenseCall:
     """The static side of a dense call: what decides which implementation serves it.
 
     `wide_out`: the results are partial and will be merged, so `out` is float32; an implementation that has it only in
-    q's dtype may return that, and it is widened.
+    q's dtype may return that, and it is widened, at the cost of its rounding.
     """
 
     b: int
@@ -33,6 +34,11 @@ class DenseCall:
     batch_invariant: bool
     wide_out: bool = False
     op = "mla_decode"
+
+    @property
+    def out_dtype(self) -> Any:
+        """Of `out`."""
+        return jnp.float32 if self.wide_out else self.fmt.compute_dtype
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +57,11 @@ class SparseCall:
     batch_invariant: bool
     wide_out: bool = False
     op = "sparse_mla_decode"
+
+    @property
+    def out_dtype(self) -> Any:
+        """Of `out`."""
+        return jnp.float32 if self.wide_out else self.fmt.compute_dtype
 
 
 @jax.tree_util.register_dataclass

@@ -189,7 +189,7 @@ def run(cuda: Choice, other: Choice, call: Any, operands: Any, config: Any) -> A
             exported = fn
             if choice.exported is not None and choice.exported is not choice.implementation:
                 exported = functools.partial(choice.exported.run, call, choice.target, None)
-            fn = functools.partial(_kernel, fn, exported)
+            fn = functools.partial(_kernel, fn, exported, call.out_dtype)
         return functools.partial(_widened, fn) if call.wide_out else fn
 
     if cuda.implementation is other.implementation:
@@ -214,7 +214,7 @@ _kernel_p.def_abstract_eval(lambda *_, out_avals, **__: out_avals)
 
 
 def _kernel(
-    fn: Callable[[Any], tuple[Any, Any]], exported: Callable[[Any], tuple[Any, Any]], operands: Any
+    fn: Callable[[Any], tuple[Any, Any]], exported: Callable[[Any], tuple[Any, Any]], out_dtype: Any, operands: Any
 ) -> tuple[Any, Any]:
     """`fn(operands)` -> (out, lse) of the op; in a module of jax.export `exported(operands)`.
 
@@ -225,7 +225,8 @@ def _kernel(
 
     def types(q):  # with q's sharding and the mesh axes of all operands
         q = spmd.vary(q, spmd.varying_axes(operands))
-        return jnp.broadcast_to(q[..., :1], (*q.shape[:-1], operands.d_v)), q[..., 0].astype(jnp.float32)
+        out = jnp.broadcast_to(q[..., :1], (*q.shape[:-1], operands.d_v))
+        return out.astype(out_dtype), q[..., 0].astype(jnp.float32)
 
     out_avals = tuple(jax.make_jaxpr(types)(operands.q).out_avals)
     out, lse = _kernel_p.bind(*leaves, fn=fn, exported=exported, treedef=treedef, out_avals=out_avals)

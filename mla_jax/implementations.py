@@ -23,7 +23,7 @@ def _check_xla(call: DenseCall | SparseCall, target: Target, config: Any) -> Non
 
 
 def _xla_options(call: DenseCall | SparseCall) -> dict[str, Any]:
-    return dict(batch_invariant=call.batch_invariant, out_dtype=jnp.float32 if call.wide_out else None)
+    return dict(batch_invariant=call.batch_invariant, out_dtype=call.out_dtype)
 
 
 def _check_dense_mosaic(call: DenseCall, target: Target, config: Any) -> None:
@@ -62,7 +62,8 @@ def _dense_mosaic(call: DenseCall, target: Target, config: Any, x: DenseOperands
 
     return dense_kernel.dense_decode(
         x.q, x.cache.data, x.block_table, x.cache_seqlens, _dense_plan(call, target, x), x.sm_scale,
-        is_causal=call.is_causal, d_v=call.fmt.d_v, config=config, capability=target.capability,
+        is_causal=call.is_causal, d_v=call.fmt.d_v, out_dtype=call.out_dtype, config=config,
+        capability=target.capability,
     )  # fmt: skip
 
 
@@ -131,7 +132,8 @@ def _sparse_mosaic(call: SparseCall, target: Target, config: Any, x: SparseOpera
 
     return sparse_kernel.sparse_decode(
         x.q, main.cache.data, main.cache.format, main.cache.page_size, main.indices, plan, x.sm_scale,
-        topk_length=main.length, attn_sink=x.attn_sink, config=config, capability=target.capability, **more,
+        topk_length=main.length, attn_sink=x.attn_sink, out_dtype=call.out_dtype, config=config,
+        capability=target.capability, **more,
     )  # fmt: skip
 
 
@@ -157,7 +159,7 @@ def _check_triton(call: DenseCall | SparseCall, target: Target, config: Any) -> 
 def _dense_triton(call: DenseCall, target: Target, config: Any, x: DenseOperands):
     return _portable().dense_decode(
         x.q, x.cache.data, call.fmt, call.page_size, x.block_table, x.cache_seqlens, _dense_plan(call, target, x),
-        x.sm_scale, is_causal=call.is_causal, config=config, capability=target.capability,
+        x.sm_scale, is_causal=call.is_causal, out_dtype=call.out_dtype, config=config, capability=target.capability,
     )  # fmt: skip
 
 
@@ -165,7 +167,8 @@ def _sparse_triton(call: SparseCall, target: Target, config: Any, x: SparseOpera
     main, plan, more = _sparse_arguments(call, target, x)
     return _portable().sparse_decode(
         x.q, main.cache.data, main.cache.format, main.cache.page_size, main.indices, plan, x.sm_scale,
-        topk_length=main.length, attn_sink=x.attn_sink, config=config, capability=target.capability, **more,
+        topk_length=main.length, attn_sink=x.attn_sink, out_dtype=call.out_dtype, config=config,
+        capability=target.capability, **more,
     )  # fmt: skip
 
 

@@ -26,8 +26,7 @@ def batchable(cuda: dispatch.Choice, other: dispatch.Choice, call: Any, config: 
     @custom_vmap
     def op(operands):
         if 0 in operands.q.shape or operands.names_no_keys:
-            dtype = jnp.float32 if call.wide_out else operands.q.dtype
-            out = jnp.zeros((*operands.q.shape[:-1], call.fmt.d_v), dtype)
+            out = jnp.zeros((*operands.q.shape[:-1], call.fmt.d_v), call.out_dtype)
             return out, jnp.full(operands.q.shape[:-1], -jnp.inf, jnp.float32)
         return dispatch.run(cuda, other, call, operands, config)
 

@@ -44,7 +44,8 @@ def combine(
     """Fills in the rows of items with several pieces; all other rows stay as they are.
 
     Args:
-      out: bf16 `[items, rows, d_v]`. Rows may be padded in any of the arrays: those count that all four have.
+      out: bf16 or float32 `[items, rows, d_v]`. Rows may be padded in any of the arrays; those count that all four
+        have.
       lse: float32 `[items, rows]`, natural logarithm.
       partial_out: float32 `[max_pieces, rows, d_v]`, each normalised by its own sum; 0 for a piece without keys.
       partial_lse2: float32 `[max_pieces, rows]`, base-2 logarithm; -inf for a piece without keys.
@@ -86,7 +87,7 @@ def _merge_rows(
     splits,  # i32 [items + 1]
     attn_sink=None,  # f32 [heads]
     *,
-    out_ref,  # bf16 [items, rows or more, d_v]
+    out_ref,  # bf16 or f32 [items, rows or more, d_v]
     lse_ref,  # f32 [items, rows or more]
     num_rows,
     rows_per_cta,

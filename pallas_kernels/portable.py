@@ -391,15 +391,17 @@ def dense_decode(
     sm_scale: Float32[Array, ""],
     *,
     is_causal: bool = False,
+    out_dtype: Any = None,
     capability: tuple[int, int] = MIN_CAPABILITY,
     config: PortableConfig | None = None,
     interpret: bool = False,
 ) -> tuple[Float[Array, "b s_q h d_v"], Float32[Array, "b s_q h"]]:
-    """Dense decode: `(out in q's dtype, lse)`, as `mla_jax.mla_decode`.
+    """Dense decode: `(out, lse)`, as `mla_jax.mla_decode`.
 
     Args:
       data: the cache array of format `fmt`.
       plan: from `plan_decode` for these shapes.
+      out_dtype: of `out`; None: q's.
       capability: of the GPU compiled for.
       interpret: run on the CPU, for tests.
     """
@@ -415,7 +417,7 @@ def dense_decode(
 
     x = dict(q=q.reshape(b, s_q * h, -1), sink=None, data=data, table=block_table, seqlens=cache_seqlens)
     config = config or default_config((fmt,), s_q * h, capability)
-    out, lse = _decode(x, (fmt,), plan, sm_scale, scopes_of, end_of, config, capability, interpret)
+    out, lse = _decode(x, (fmt,), plan, sm_scale, scopes_of, end_of, out_dtype, config, capability, interpret)
     return out.reshape(b, s_q, h, -1), lse.reshape(b, s_q, h)
 
 
@@ -435,11 +437,12 @@ def sparse_decode(
     extra_page_size: int = 0,
     extra_indices: Int32[Array, "b s_q extra_topk"] | None = None,
     extra_topk_length: Int32[Array, "b s_q"] | None = None,
+    out_dtype: Any = None,
     capability: tuple[int, int] = MIN_CAPABILITY,
     config: PortableConfig | None = None,
     interpret: bool = False,
 ) -> tuple[Float[Array, "b s_q h d_v"], Float32[Array, "b s_q h"]]:
-    """Sparse decode: `(out in q's dtype, lse)`, as `mla_jax.sparse_mla_decode`; other arguments as `dense_decode`."""
+    """Sparse decode: `(out, lse)`, as `mla_jax.sparse_mla_decode`; other arguments as `dense_decode`."""
     b, s_q, h, _ = q.shape
     items = b * s_q
     native = capability >= NATIVE_E4M3_CAPABILITY
@@ -463,7 +466,9 @@ def sparse_decode(
         return [main, _listed_keys(cache, x["extra_indices"], x["extra_length"], item, alive)]
 
     config = config or default_config(tuple(formats), h, capability)
-    out, lse = _decode(x, tuple(formats), plan, sm_scale, scopes_of, lambda *_: None, config, capability, interpret)
+    out, lse = _decode(
+        x, tuple(formats), plan, sm_scale, scopes_of, lambda *_: None, out_dtype, config, capability, interpret
+    )
     return out.reshape(b, s_q, h, -1), lse.reshape(b, s_q, h)
 
 
@@ -487,7 +492,7 @@ def _some_gpu(capability: tuple[int, int]) -> contextlib.AbstractContextManager:
     return contextlib.nullcontext()
 
 
-def _decode(x, formats, plan: SplitPlan, sm_scale, scopes_of, end_of, config, capability, interpret):
+def _decode(x, formats, plan: SplitPlan, sm_scale, scopes_of, end_of, out_dtype, config, capability, interpret):
     """Both kernels: q [items, rows, d_qk] -> (out [items, rows, d_v], lse float32 [items, rows])."""
     items, rows, _ = x["q"].shape
     d_v = formats[0].d_v
@@ -497,7 +502,7 @@ def _decode(x, formats, plan: SplitPlan, sm_scale, scopes_of, end_of, config, ca
         x = x | {name: with_wide_offsets(x[name]) for name in ("data", "extra_data") if name in x}
     shape = jax.ShapeDtypeStruct
     gpu = contextlib.nullcontext() if interpret else _some_gpu(capability)
-    results = (shape((items, rows, d_v), x["q"].dtype), shape((items, rows), jnp.float32))
+    results = (shape((items, rows, d_v), out_dtype or x["q"].dtype), shape((items, rows), jnp.float32))
     partials = (
         shape((plan.max_pieces, rows, d_v), jnp.float32),
         shape((plan.max_pieces, rows), jnp.float32),

@@ -93,3 +93,14 @@ def assert_equal_results(got, want, fmt, what=""):
     assert np.isfinite(np.asarray(out, np.float32)).all(), what
     assert relative_error(out, want_out) < tolerance, what
     np.testing.assert_allclose(lse, want_lse, rtol=1e-5, atol=1e-5, err_msg=what)
+
+
+def assert_equal_before_rounding(got, want):
+    """(out, lse) in float32, for merging with others, and the usual (out, lse) of the same call."""
+    (out, lse), (rounded, want_lse) = got, want
+    assert out.dtype == jnp.float32 and rounded.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(np.asarray(out.astype(rounded.dtype)), np.asarray(rounded))
+    np.testing.assert_array_equal(lse, want_lse)
+    values = np.asarray(out)
+    values = values[values != 0]
+    assert (values != np.asarray(rounded, np.float32)[np.asarray(out) != 0]).mean() > 0.9

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 import mla_jax
-from mla_jax import dispatch
+from mla_jax import decode, dispatch
 from mla_jax.dispatch import Choice, Implementation, Target
 
 
@@ -239,6 +239,20 @@ def test_triton_kernels_lower_without_a_gpu_or_a_warning():
     for op in _calls(mla_jax.MODEL1):
         text = _lowered(op, implementation="triton")
         assert text.count("stablehlo.custom_call @__gpu$xla.gpu.triton") == 2  # decode and merge
+
+
+@pytest.mark.parametrize("name", ["mosaic", "triton"])
+def test_partial_results_are_float32_from_the_kernel_on(name):
+    """Rounded, they would cost accuracy once more: no array of the width of `out` is bfloat16."""
+    for op in _calls(mla_jax.BF16_576):
+        usual = op(implementation=name)
+
+        def partial(usual=usual, **_):
+            return functools.partial(decode.partial_results, usual.func, *usual.args, **usual.keywords)
+
+        assert "x512xbf16>" in _lowered(op, implementation=name)
+        text = _lowered(partial)
+        assert "x512xf32>" in text and "x512xbf16>" not in text
 
 
 def test_exported_modules_hold_no_triton_kernels():

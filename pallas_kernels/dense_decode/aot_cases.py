@@ -38,6 +38,7 @@ def configurations(arch: str) -> dict[str, tuple[Callable, tuple[Any, ...]]]:
         "dense-page1-h8": _case(page_size=1, heads=8),
         "dense-page61-causal": _case(s_q=2, page_size=61, is_causal=True),
         "dense-contiguous": _case(page_size=1024, has_table=False),
+        "dense-float32": _case(out_dtype=jnp.float32),
     }
     if arch == "sm_90a":
         return cases
@@ -45,11 +46,15 @@ def configurations(arch: str) -> dict[str, tuple[Callable, tuple[Any, ...]]]:
     return {name: case for name, case in cases.items() if name not in SM90_ALONE}
 
 
-def _call(capability, *, batch=4, s_q=1, heads=128, d_qk=576, page_size=64, is_causal=False, has_table=True):
+def _call(
+    capability, *, batch=4, s_q=1, heads=128, d_qk=576, page_size=64, is_causal=False, has_table=True,
+    out_dtype=jnp.bfloat16,
+):  # fmt: skip
     def call(q, kv, block_table, cache_seqlens, sm_scale, plan):
         return dense_decode.dense_decode(
-            q, kv, block_table, cache_seqlens, plan, sm_scale, is_causal=is_causal, d_v=512, capability=capability
-        )
+            q, kv, block_table, cache_seqlens, plan, sm_scale, is_causal=is_causal, d_v=512, out_dtype=out_dtype,
+            capability=capability,
+        )  # fmt: skip
 
     i32 = functools.partial(shape, dtype=jnp.int32)
     make_plan = functools.partial(

@@ -301,8 +301,16 @@ def _store_result(maximum, total, *, work, design, half, tile_index, refs, outs)
         def _():
             plgpu.copy_smem_to_gmem(vectors.at[LSE], to.at[row, rows])
 
+    def store(to, row):
+        for columns, values in results():
+            to[row, rows, pl.ds(half * design.columns + columns.start, columns.size)] = values
+
     @pl.when(jnp.logical_not(work.is_split))
     def _():
+        if outs["out"].dtype == jnp.float32:  # too wide to stage
+            store(outs["out"], work.item)
+            store_lse(outs["lse"], work.item)
+            return
         staging = refs["q"]  # the scores are done with it
         for columns, values in results():
             staging.at[:, columns][...] = values.astype(jnp.bfloat16)
@@ -312,9 +320,7 @@ def _store_result(maximum, total, *, work, design, half, tile_index, refs, outs)
 
     @pl.when(work.is_split)
     def _():
-        for columns, values in results():
-            columns = pl.ds(half * design.columns + columns.start, columns.size)
-            outs["partial_out"][work.piece, rows, columns] = values
+        store(outs["partial_out"], work.piece)
         store_lse(outs["partial_lse2"], work.piece)
 
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
@@ -426,7 +432,8 @@ def _kernel_body(inputs, outs, *, shape, design, config, ops, **scratch):
 
 def dense_decode(
     q: jax.Array, kv: jax.Array, block_table: jax.Array | None, cache_seqlens: jax.Array, plan: schedule.SplitPlan,
-    sm_scale: jax.Array, *, is_causal: bool, d_v: int, config: DenseSm100Config | None = None, interpret: Any = None,
+    sm_scale: jax.Array, *, is_causal: bool, d_v: int, out_dtype: Any = jnp.bfloat16,
+    config: DenseSm100Config | None = None, interpret: Any = None,
 ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
     """Attention of each request's query rows over its cached tokens: the arguments of `sm90.dense_decode`."""
     table_width = None if block_table is None else block_table.shape[1]
@@ -436,7 +443,7 @@ def dense_decode(
         op="dense", batch=shape.batch, s_q=shape.s_q, num_heads=shape.heads, page_size=shape.page_size
     )
     if shape.is_empty:
-        return no_keys(q, d_v)
+        return no_keys(q, d_v, out_dtype)
     design = Design(config.tile_rows, shape.d_qk)
     ops = mgpu.operations(interpret)
 
@@ -445,7 +452,8 @@ def dense_decode(
         functools.partial(_kernel_body, shape=shape, design=design, config=config, ops=ops),
         q, kv, block_table, cache_seqlens, plan, sm_scale,
         # TMA fills up the rows that a tile lacks; what goes to TMEM does not come by TMA.
-        shape=shape, d_v=d_v, q_rows=padded_rows if design.q_in_tmem else shape.tma_rows, result_rows=padded_rows,
+        shape=shape, d_v=d_v, out_dtype=out_dtype,
+        q_rows=padded_rows if design.q_in_tmem else shape.tma_rows, result_rows=padded_rows,
         grid={"half": design.halves},
         smem=design.smem() | {"bars": design.barriers(BLOCK // shape.chunk if shape.uses_tma else 1)},
         tmem=design.tmem(), config=config, interpret=interpret,

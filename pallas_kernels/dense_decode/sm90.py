@@ -233,8 +233,16 @@ def _store_result(side, acc, maximum, total, *, work, refs, outs, bar, ops, tile
     lse2 = jnp.where(is_empty, jnp.full_like(total, -jnp.inf), maximum + jnp.log2(total))  # [ROWS]
     store_lse = functools.partial(ops.store_row_values, tile=tile_index, num_rows=shape.rows)
 
+    def store(out, index):
+        ops.store_rows(acc, out=out, index=index, tile=tile_index, column=side * HALF, num_rows=shape.rows)
+
     @pl.when(jnp.logical_not(work.is_split))
     def _():
+        if outs["out"].dtype == jnp.float32:  # too wide to stage
+            store(outs["out"], work.item)
+            if side == 0:
+                store_lse(lse2 * mgpu.LN_2, out=outs["lse"], index=work.item)
+            return
         # The last products read these two buffers; the other two are already being refilled.
         staging = refs["left"].at[1] if side == 0 else refs["right"].at[0]
         staging[...] = acc.astype(jnp.bfloat16)
@@ -246,9 +254,7 @@ def _store_result(side, acc, maximum, total, *, work, refs, outs, bar, ops, tile
 
     @pl.when(work.is_split)
     def _():
-        ops.store_rows(
-            acc, out=outs["partial_out"], index=work.piece, tile=tile_index, column=side * HALF, num_rows=shape.rows
-        )
+        store(outs["partial_out"], work.piece)
         if side == 0:
             store_lse(lse2, out=outs["partial_lse2"], index=work.piece)
 
@@ -382,6 +388,7 @@ def dense_decode(
     *,
     is_causal: bool,
     d_v: int,
+    out_dtype: Any = jnp.bfloat16,
     config: DenseConfig | None = None,
     interpret: Any = None,
 ) -> tuple[jax.Array, jax.Array]:
@@ -397,11 +404,12 @@ def dense_decode(
       sm_scale: float32 `[]`, positive.
       is_causal: query row j sees keys before cache_seqlens - (s_q - 1 - j) only.
       d_v: 512.
+      out_dtype: bfloat16, or float32 for results that will be merged with others.
       config: None chooses one.
       interpret: Pallas' GPU interpreter parameters, for tests.
 
     Returns:
-      out bf16 `[b, s_q, h, d_v]` and lse float32 `[b, s_q, h]` (natural logarithm; out 0 and lse -inf without any key).
+      out `[b, s_q, h, d_v]` and lse float32 `[b, s_q, h]` (natural logarithm; out 0 and lse -inf without any key).
     """
     table_width = None if block_table is None else block_table.shape[1]
     shape = Shape(q.shape, kv.shape, table_width, is_causal, ROWS)
@@ -409,7 +417,7 @@ def dense_decode(
         op="dense", batch=shape.batch, s_q=shape.s_q, num_heads=shape.heads, page_size=shape.page_size
     )
     if shape.is_empty:
-        return no_keys(q, d_v)
+        return no_keys(q, d_v, out_dtype)
     config = config or choose_config(shape.page_size, shape.contiguous)
     ops = mgpu.operations(interpret)
 
@@ -426,6 +434,6 @@ def dense_decode(
     return launch(
         functools.partial(_kernel_body, shape=shape, config=config, ops=ops),
         q, kv, block_table, cache_seqlens, plan, sm_scale,
-        shape=shape, d_v=d_v, q_rows=shape.tma_rows, result_rows=shape.rows, grid={}, smem=scratch,
-        config=config, interpret=interpret,
+        shape=shape, d_v=d_v, out_dtype=out_dtype, q_rows=shape.tma_rows, result_rows=shape.rows, grid={},
+        smem=scratch, config=config, interpret=interpret,
     )  # fmt: skip

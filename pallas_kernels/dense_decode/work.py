@@ -163,25 +163,26 @@ def for_each_piece(part, parts, run, carry=None):
 # ------------------------------------------------------------------------------------------------ host
 
 
-def no_keys(q, d_v: int) -> tuple[jax.Array, jax.Array]:
+def no_keys(q, d_v: int, out_dtype: Any) -> tuple[jax.Array, jax.Array]:
     """The results of a call whose shape `is_empty`."""
-    out = jnp.zeros((*q.shape[:3], d_v), q.dtype)  # [b, s_q, h, d_v]
+    out = jnp.zeros((*q.shape[:3], d_v), out_dtype)  # [b, s_q, h, d_v]
     return out, jnp.full(q.shape[:3], -jnp.inf, jnp.float32)  # [b, s_q, h]
 
 
 def launch(
     body: Callable, q, kv, block_table, cache_seqlens, plan: schedule.SplitPlan, sm_scale, *,
-    shape: Shape, d_v: int, q_rows: int, result_rows: int, grid: dict[str, int], smem: dict, tmem: dict | None = None,
-    config, interpret: Any,
+    shape: Shape, d_v: int, out_dtype: Any, q_rows: int, result_rows: int, grid: dict[str, int], smem: dict,
+    tmem: dict | None = None, config, interpret: Any,
 ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
     """Runs a dense kernel of three warpgroups on the arguments of `sm90.dense_decode`, and merges its partial results.
 
     Args:
       body: the kernel, `body(inputs, outs, **scratch)`, with references by name:
         inputs q `[b, q_rows, d_qk]`, kv, parts, pieces, seqlens, sm_scale `[1]`, and table, or None in its place;
-        outs out `[b, shape.tma_rows, d_v]`, lse `[b, result_rows]`, partial_out `[pieces, result_rows, d_v]`,
-        partial_lse2 `[pieces, result_rows]`.
+        outs out `[b, shape.tma_rows, d_v]` (float32: `[b, result_rows, d_v]`), lse `[b, result_rows]`, partial_out
+        `[pieces, result_rows, d_v]`, partial_lse2 `[pieces, result_rows]`.
       shape: of the call.
+      out_dtype: of out, bfloat16 or float32; all other results are float32.
       q_rows, result_rows: rows of a request in the arrays above, at least `shape.rows`.
       grid: CTAs along axes beyond "part" and "tile", by name.
       smem, tmem: scratch types by name; `smem` must fit in the shared memory.
@@ -201,8 +202,9 @@ def launch(
     }  # fmt: skip
     if block_table is not None:
         operands["table"] = block_table
+    out_rows = result_rows if out_dtype == jnp.float32 else shape.tma_rows  # bfloat16 goes by TMA
     results = {
-        "out": jax.ShapeDtypeStruct((shape.batch, shape.tma_rows, d_v), jnp.bfloat16),
+        "out": jax.ShapeDtypeStruct((shape.batch, out_rows, d_v), out_dtype),
         "lse": jax.ShapeDtypeStruct((shape.batch, result_rows), jnp.float32),
         "partial_out": jax.ShapeDtypeStruct((plan.max_pieces, result_rows, d_v), jnp.float32),
         "partial_lse2": jax.ShapeDtypeStruct((plan.max_pieces, result_rows), jnp.float32),

@@ -218,6 +218,7 @@ def sparse_decode(
     extra_page_size: int | None = None,
     extra_indices: jax.Array | None = None,
     extra_topk_length: jax.Array | None = None,
+    out_dtype: Any = jnp.bfloat16,
     config: Any = None,
     interpret: Any = None,
 ) -> tuple[jax.Array, jax.Array]:
@@ -236,11 +237,12 @@ def sparse_decode(
       attn_sink: float32 `[h]`, a logit without a value; -inf is none. Not part of the LSE.
       extra_data, extra_fmt, extra_page_size, extra_indices, extra_topk_length: a second cache with its own format
         (equal d_qk and d_v), page size, indices and lengths, under the same softmax. All or none.
+      out_dtype: bfloat16, or float32 for results that will be merged with others.
       config: tuning; None chooses.
       interpret: Pallas' GPU interpreter parameters, for tests.
 
     Returns:
-      out bf16 `[b, s_q, h, d_v]` and lse float32 `[b, s_q, h]`, natural logarithm, -inf (and out 0) without any key.
+      out `[b, s_q, h, d_v]` and lse float32 `[b, s_q, h]`, natural logarithm, -inf (and out 0) without any key.
     """
     b, s_q, num_heads, d_qk = q.shape
     items = b * s_q
@@ -294,7 +296,7 @@ def sparse_decode(
     out, lse, partial_out, partial_lse = plgpu.kernel(
         body,
         out_type=(
-            shape((items, num_heads, fmt.d_v), jnp.bfloat16),
+            shape((items, num_heads, fmt.d_v), out_dtype),
             shape((items, num_heads), jnp.float32),
             shape((plan.max_pieces, num_heads, fmt.d_v), jnp.float32),
             shape((plan.max_pieces, num_heads), jnp.float32),

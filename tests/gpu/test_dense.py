@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 
 import mla_jax
+from mla_jax import decode
+from tests import samples
 from tests.gpu import cases, dense_cases
 from tests.gpu.dense_cases import Case
 
@@ -81,6 +83,17 @@ def test_repeats_are_bit_identical(h):
     for other in others:
         np.testing.assert_array_equal(first[0].view(np.uint16), other[0].view(np.uint16))
         np.testing.assert_array_equal(first[1], other[1])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("h", [3, 128])
+def test_float32_results(h):
+    """Of requests in pieces, whole ones and an empty one."""
+    args = dense_cases.build(dataclasses.replace(BASE, h=h), np.array([1500, 3, 64, 1200, 0, 900], np.int32))
+    options = dict(sm_scale=dense_cases.SM_SCALE, is_causal=True, implementation="mosaic")
+    got = jax.jit(functools.partial(decode.partial_results, mla_jax.mla_decode, **options))(**args)
+    want = jax.jit(functools.partial(mla_jax.mla_decode, **options, return_lse=True))(**args)
+    samples.assert_equal_before_rounding(got, want)
 
 
 @pytest.mark.gpu

@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 
 import mla_jax
+from mla_jax import decode
+from tests import samples
 from tests.gpu import cases, sparse_cases
 from tests.gpu.sparse_cases import Case
 
@@ -67,6 +69,14 @@ def test_repeats_are_bit_identical(fmt, h):
     for other in others:
         np.testing.assert_array_equal(first[0].view(np.uint16), other[0].view(np.uint16))
         np.testing.assert_array_equal(first[1], other[1])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("fmt, h", [(mla_jax.V32, 128), (mla_jax.MODEL1, 3)])
+def test_float32_results(fmt, h):
+    args = sparse_cases.build(dataclasses.replace(BASE, fmt=fmt, h=h))
+    got = jax.jit(lambda args: decode.partial_results(mla_jax.sparse_mla_decode, **args, implementation="mosaic"))(args)
+    samples.assert_equal_before_rounding(got, mosaic(args))
 
 
 @pytest.mark.gpu

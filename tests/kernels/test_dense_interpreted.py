@@ -19,7 +19,7 @@ from tests import golden_files, samples
 from tests.kernels import interpreter
 
 
-def decode(call, *, num_parts, is_causal=False, planned=None, module=sm90):
+def decode(call, *, num_parts, is_causal=False, planned=None, module=sm90, **options):
     """`mla_decode`'s arguments, through the kernel: (out, lse). `planned`: other lengths for the plan."""
     cache, table = call["cache"], call["block_table"]
     _, s_q, h, _ = call["q"].shape
@@ -31,7 +31,7 @@ def decode(call, *, num_parts, is_causal=False, planned=None, module=sm90):
         )
         return module.dense_decode(
             call["q"], cache.data, table, lengths, plan, jnp.float32(call["sm_scale"]),
-            is_causal=is_causal, d_v=cache.format.d_v, interpret=interpreter.parameters(),
+            is_causal=is_causal, d_v=cache.format.d_v, interpret=interpreter.parameters(), **options,
         )  # fmt: skip
 
     lengths = call["cache_seqlens"]
@@ -42,6 +42,12 @@ def check(call, *, is_causal=False, **kwargs):
     got = decode(call, is_causal=is_causal, **kwargs)
     want = reference.mla_decode(**call, is_causal=is_causal)
     samples.assert_equal_results(got, want, call["cache"].format)
+
+
+def check_float32(call, **kwargs):
+    """Results that will be merged elsewhere are the usual ones before they are rounded."""
+    got = decode(call, **kwargs, out_dtype=jnp.float32)
+    samples.assert_equal_before_rounding(got, decode(call, **kwargs))
 
 
 def random_call(fmt=mla_jax.BF16_576, **shapes):
@@ -114,6 +120,15 @@ QUICK = ("causal", "split", "one contiguous request")
 def test_equals_reference(case):
     make_call, options = CASES[case]
     check(make_call(), **options)
+
+
+# A request in pieces and one that is whole; rows that fill no group of 8.
+FLOAT32 = dict(b=2, s_q=1, h=9, page_size=64, max_pages=5, lengths=[300, 60]), dict(num_parts=2)
+
+
+def test_float32_results():
+    shapes, options = FLOAT32
+    check_float32(random_call(**shapes), **options)
 
 
 @pytest.mark.slow

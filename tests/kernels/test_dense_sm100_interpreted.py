@@ -14,7 +14,15 @@ import pytest
 import mla_jax
 from pallas_kernels import mgpu
 from pallas_kernels.dense_decode import DenseSm100Config, choose_sm100_config, sm100
-from tests.kernels.test_dense_interpreted import SHARED, check, decode, random_call, with_bad_pages
+from tests.kernels.test_dense_interpreted import (
+    FLOAT32,
+    SHARED,
+    check,
+    check_float32,
+    decode,
+    random_call,
+    with_bad_pages,
+)
 
 CASES = {f"64 rows, {name}": case for name, case in SHARED.items()} | {
     # Pieces of one request on several parts, the combine kernel, a part of several pieces.
@@ -56,6 +64,13 @@ QUICK = ("64 rows, causal", "128 rows, split")
 def test_equals_reference(case):
     make_call, options = CASES[case]
     check(make_call(), module=sm100, **options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("h", [9, 65])
+def test_float32_results(h):
+    shapes, options = FLOAT32
+    check_float32(random_call(**shapes | {"h": h}), module=sm100, **options)
 
 
 @pytest.mark.slow

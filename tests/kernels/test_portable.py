@@ -38,7 +38,7 @@ MAX_SPILL_BYTES = 96  # docs/portable.md has the table
 TINY = PortableConfig(tile_rows=16, block_keys=16)
 
 
-def dense(args, is_causal, capability, config, batch_invariant):
+def dense(args, is_causal, capability, config, batch_invariant, out_dtype):
     q, cache = args["q"], args["cache"]
     plan = plan_decode(
         args["cache_seqlens"], s_q=q.shape[1], num_heads=q.shape[2], page_size=cache.page_size, num_sms=PARTS,
@@ -47,10 +47,11 @@ def dense(args, is_causal, capability, config, batch_invariant):
     return portable.dense_decode(
         q, cache.data, cache.format, cache.page_size, args["block_table"], args["cache_seqlens"], plan,
         args["sm_scale"], is_causal=is_causal, capability=capability, config=config, interpret=True,
+        out_dtype=out_dtype,
     )  # fmt: skip
 
 
-def sparse(args, is_causal, capability, config, batch_invariant):
+def sparse(args, is_causal, capability, config, batch_invariant, out_dtype):
     q, cache, extra = args["q"], args["cache"], args.get("extra_cache")
     more = {}
     if extra is not None:
@@ -67,7 +68,7 @@ def sparse(args, is_causal, capability, config, batch_invariant):
     return portable.sparse_decode(
         q, cache.data, cache.format, cache.page_size, args["indices"], plan, args["sm_scale"],
         topk_length=args.get("topk_length"), attn_sink=args.get("attn_sink"), capability=capability, config=config,
-        interpret=True, **more,
+        interpret=True, out_dtype=out_dtype, **more,
     )  # fmt: skip
 
 
@@ -77,9 +78,11 @@ def compiled(op, **static):
     return jax.jit(functools.partial(op, **static), compiler_options={"xla_backend_optimization_level": 0})
 
 
-def run(op, args, *, is_causal=False, capability=NO_E4M3, config=TINY, batch_invariant=False):
+def run(op, args, *, is_causal=False, capability=NO_E4M3, config=TINY, batch_invariant=False, out_dtype=None):
     args = args | {"sm_scale": jnp.float32(args["sm_scale"])}
-    static = dict(is_causal=is_causal, capability=capability, config=config, batch_invariant=batch_invariant)
+    static = dict(
+        is_causal=is_causal, capability=capability, config=config, batch_invariant=batch_invariant, out_dtype=out_dtype
+    )
     return compiled(op, **static)(args)
 
 
@@ -172,6 +175,17 @@ def test_sparse_two_scopes(rng):
         dirty[1] = rng.choice(EXTREMES[:5], dirty[1].shape)
         args[name] = jnp.asarray(dirty)
     check_sparse(args)
+
+
+@pytest.mark.parametrize("op", ["dense", pytest.param("sparse", marks=pytest.mark.slow)])
+def test_float32_results(rng, op):
+    """Results that will be merged elsewhere are the usual ones before they are rounded."""
+    if op == "dense":
+        args, function = samples.dense_call(rng, BF16_576, **SHAPE, lengths=LENGTHS), dense
+    else:
+        args, function = samples.sparse_call(rng, MODEL1, b=2, s_q=1, topk=70), sparse
+    got = run(function, args, out_dtype=jnp.float32)
+    samples.assert_equal_before_rounding(got, run(function, args))
 
 
 def test_nan_scale_on_a_valid_key(rng):

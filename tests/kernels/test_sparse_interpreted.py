@@ -28,7 +28,7 @@ PAIRS = [
 FEW_SMS = 3  # parts of several pieces, items of several pieces
 
 
-def decode(call, *, num_sms=FEW_SMS, module=sm90):
+def decode(call, *, num_sms=FEW_SMS, module=sm90, **options):
     """`sparse_mla_decode`'s arguments, through the kernel: (out, lse)."""
     cache, extra = call["cache"], call.get("extra_cache")
     b, s_q, h, _ = call["q"].shape
@@ -52,7 +52,7 @@ def decode(call, *, num_sms=FEW_SMS, module=sm90):
         return module.sparse_decode(
             call["q"], cache.data, cache.format, cache.page_size, call["indices"], plan, call["sm_scale"],
             topk_length=length("topk_length"), attn_sink=call.get("attn_sink"),
-            interpret=interpreter.parameters(), **more,
+            interpret=interpreter.parameters(), **more, **options,
         )  # fmt: skip
 
     return interpreter.run(run)
@@ -61,6 +61,12 @@ def decode(call, *, num_sms=FEW_SMS, module=sm90):
 def check(call, **kwargs):
     got = decode(call, **kwargs)
     samples.assert_equal_results(got, reference.sparse_mla_decode(**call), call["cache"].format)
+
+
+def check_float32(call, **kwargs):
+    """Results that will be merged elsewhere are the usual ones before they are rounded."""
+    got = decode(call, **kwargs, out_dtype=jnp.float32)
+    samples.assert_equal_before_rounding(got, decode(call, **kwargs))
 
 
 def golden_call(name):
@@ -119,6 +125,11 @@ def test_plain_and_quantized_blocks_take_turns_in_a_stage():
 def test_two_tiles_of_heads():
     """Two CTAs as a cluster. Each copies for itself here: no stand-in for a copy that goes to both is known."""
     check(samples.sparse_call(np.random.default_rng(2), mla_jax.V32, b=1, s_q=2, h=72, topk=130))
+
+
+def test_float32_results():
+    """Items that are whole and items in pieces."""
+    check_float32(samples.sparse_call(np.random.default_rng(5), mla_jax.MODEL1, b=2, s_q=1, h=3, topk=140))
 
 
 # -- planted mistakes ------------------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ from pallas_kernels import formats
 from pallas_kernels.sparse_decode import gather, sm100, sm100_pair
 from pallas_kernels.sparse_decode.config import TILE_HEADS, Scope, sm100_heuristic
 from tests import golden_files, samples
-from tests.kernels.test_sparse_interpreted import PAIRS, check, decode, every_index, golden_call
+from tests.kernels.test_sparse_interpreted import PAIRS, check, check_float32, decode, every_index, golden_call
 
 
 @pytest.mark.slow  # 10 s each
@@ -51,6 +51,13 @@ def test_two_scopes(h):
 def test_pairs_of_formats(fmt, extra_fmt):
     call = samples.sparse_call(np.random.default_rng(1), fmt, extra_fmt, b=2, s_q=1, topk=75, extra_topk=70)
     check(call, module=sm100)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("h", [3, 65])
+def test_float32_results(h):
+    call = samples.sparse_call(np.random.default_rng(5), mla_jax.BF16_512, b=2, s_q=1, h=h, topk=140)
+    check_float32(call, module=sm100)
 
 
 def test_pair_of_ctas():
