@@ -23,6 +23,7 @@ from typing import NamedTuple
 _MEMCPY, _MEMSET, _CONCURRENT_KERNEL = 1, 2, 10
 _KIND, _START, _END = 0, 16, 24  # byte offsets: uint32, uint64 ns, uint64 ns
 _KERNEL_NAME, _KERNEL_GRAPH_ID = 104, 156  # byte offsets: const char*, uint32 (0 = not launched by a CUDA graph)
+_KERNEL_DEVICE, _OTHER_DEVICE = 40, 32  # byte offsets: uint32; of copies and fills the second
 _MAX_LIMIT_REACHED = 12  # CUptiResult: the buffer holds no further record
 _MULTIPLE_SUBSCRIBERS = 39
 _FLUSH_FORCED = 1
@@ -30,12 +31,13 @@ _BUFFER_BYTES = 8 << 20  # about 40,000 kernel records
 
 
 class Activity(NamedTuple):
-    """One kernel, copy or fill. Times are CUPTI's, in nanoseconds; only differences mean anything."""
+    """One kernel, copy or fill on a device. Times are CUPTI's, in nanoseconds; only differences mean anything."""
 
     name: str
     start_ns: int
     end_ns: int
     in_graph: bool
+    device: int = 0
 
 
 class CuptiError(RuntimeError):
@@ -123,10 +125,12 @@ def _read(address: int) -> Activity:
     start = ctypes.c_uint64.from_address(address + _START).value
     end = ctypes.c_uint64.from_address(address + _END).value
     if kind != _CONCURRENT_KERNEL:
-        return Activity("memcpy" if kind == _MEMCPY else "memset", start, end, False)
+        device = ctypes.c_uint32.from_address(address + _OTHER_DEVICE).value
+        return Activity("memcpy" if kind == _MEMCPY else "memset", start, end, False, device)
     name = ctypes.c_char_p.from_address(address + _KERNEL_NAME).value or b"?"
     graph = ctypes.c_uint32.from_address(address + _KERNEL_GRAPH_ID).value
-    return Activity(name.decode(errors="replace"), start, end, graph != 0)
+    device = ctypes.c_uint32.from_address(address + _KERNEL_DEVICE).value
+    return Activity(name.decode(errors="replace"), start, end, graph != 0, device)
 
 
 @functools.cache

@@ -186,14 +186,14 @@ class _Kernel(ctypes.Structure):
 
 @pytest.mark.parametrize("graph", [0, 7])
 def test_kernel_records(graph):
-    record = _Kernel(kind=10, start=123, end=456, name=b"mla_decode", graphId=graph)
-    assert cupti._read(ctypes.addressof(record)) == cupti.Activity("mla_decode", 123, 456, bool(graph))
+    record = _Kernel(kind=10, start=123, end=456, deviceId=1, name=b"mla_decode", graphId=graph)
+    assert cupti._read(ctypes.addressof(record)) == cupti.Activity("mla_decode", 123, 456, bool(graph), 1)
 
 
 @pytest.mark.parametrize(("kind", "name"), [(1, "memcpy"), (2, "memset")])
 def test_copies_and_fills(kind, name):
-    record = _Kernel(kind=kind, start=1, end=2)
-    assert cupti._read(ctypes.addressof(record)) == cupti.Activity(name, 1, 2, False)
+    record = _Kernel(kind=kind, start=1, end=2, completed=3)  # whose place is the device's in these
+    assert cupti._read(ctypes.addressof(record)) == cupti.Activity(name, 1, 2, False, 3)
 
 
 def test_missing_cupti(monkeypatch):
