@@ -25,7 +25,8 @@ import mla_jax
 from mla_jax.bench import cupti
 from mla_jax.bench.timer import TimingError
 from mla_jax.cli.table import print_table
-from mla_jax.sharding import DecodeSharding, ops
+from mla_jax.context import ContextAxis
+from mla_jax.sharding import DecodeSharding
 
 STEPS = 30  # launched one after the other
 MERGES = 10  # in one program: one alone is shorter than its launch
@@ -104,7 +105,7 @@ def merge_us(ds: DecodeSharding, b: int, h: int, d_v: int) -> float:
     def chain(out):  # float32 [b, 1, h, d_v]
         for _ in range(MERGES):
             # As in a step, whose log-sum-exps nobody asked for: they are sent, and not gathered.
-            merged, _ = ops._merge(ds, out, out[..., 0], None, jnp.bfloat16)
+            merged, _ = ContextAxis("context", ds.num_context).merge(out, out[..., 0], None, jnp.bfloat16)
             out = merged.astype(jnp.float32)
         return out
 

@@ -19,6 +19,7 @@ import numpy as np
 from jax import lax
 
 from mla_jax.cache import PagedKVCache
+from mla_jax.context import ContextAxis
 from mla_jax.nn import topk
 from mla_jax.nn.layers import einsum, project
 from mla_jax.quantize import ScaleRule
@@ -160,16 +161,20 @@ def choose(
     block_table: Int32[Array, "b columns"],
     visible: Int32[Array, "b s"],
     k: int,
+    context: ContextAxis | None = None,
 ) -> Int32[Array, "b s k"]:
     """The positions that each query attends to, unordered, -1 for none (those come last).
 
+    With a context axis: those of the k positions that this rank holds, as positions in its own columns, -1 anywhere.
+
     Args:
       params, config: of the layer.
-      cache: index keys of all layers; `block_table` is this layer's.
+      cache: index keys of all layers; `block_table` is this layer's (of this rank's columns).
       x, q_latent: the layer's input and its query latent.
       rotate: RoPE of queries `[b, s, heads, d]` at their positions.
-      visible: how many positions each query may see.
+      visible: how many positions (of this rank's columns) each query may see.
       k: how many to choose.
+      context: the mesh axis that the keys are spread over, if any.
     """
     b, s, _ = x.shape
     q = project(q_latent, params["index_wq_b"]).reshape(b, s, config.index_heads, -1)  # [b, s, heads, d]
@@ -177,4 +182,10 @@ def choose(
     weights = head_weights(x, params["index_weights"], config.index_dim)  # [b, s, heads]
     plain = config.implementation == "xla"
     ranked = scores(q, weights, cache, block_table, visible, implementation="xla" if plain else None)  # [b, s, n]
-    return topk.select_topk(ranked, visible, k, method="radix" if plain else None)
+    method: topk.Method | None = "radix" if plain else None
+    if context is None:
+        return topk.select_topk(ranked, visible, k, method=method)
+    best = topk.select_topk(ranked, visible, min(k, ranked.shape[-1]), method=method)  # [b, s, c]
+    best_scores = jnp.take_along_axis(ranked, jnp.maximum(best, 0), axis=-1)  # [b, s, c]
+    positions = context.positions(best, cache.page_size)  # [b, s, c]
+    return jnp.where(topk.among_best(best_scores, positions, k, context.name), best, -1)  # [b, s, c]

@@ -24,6 +24,7 @@ import numpy as np
 
 from mla_jax import checks
 from mla_jax.cache import PagedKVCache, slots_from_positions
+from mla_jax.context import ContextAxis
 from mla_jax.decode import sparse_mla_decode
 from mla_jax.nn import compressor, indexer, rope, steps
 from mla_jax.nn.config import Model1Config, Model1Layer
@@ -121,6 +122,7 @@ def init_cache(
     rows: int,
     window_page_size: int = 64,
     sharding=None,
+    window_sharding=None,
 ) -> Model1Cache:
     """Empty caches of all layers.
 
@@ -131,15 +133,17 @@ def init_cache(
       context_pages: pages for each layer, each standing for `config.page_tokens` tokens of context.
       rows: requests at a time.
       sharding: places every pool.
+      window_sharding: places windows and rings, where those are to lie elsewhere.
     """
+    window_sharding = sharding if window_sharding is None else window_sharding
 
-    def zeros(fmt, pages: int, page_size: int) -> PagedKVCache:
+    def zeros(fmt, pages: int, page_size: int, sharding=sharding) -> PagedKVCache:
         return PagedKVCache.zeros(fmt, pages, page_size, sharding=sharding)
 
     def rings(layers: int, ratio: int, prefix: str) -> jax.Array:
         width = config.param_specs(ratio)[f"{prefix}_ape"].shape[1]
         ring = compressor.ring_tokens(ratio, config.rollback_tokens)
-        return jnp.zeros((layers * rows, ring, 2, width), jnp.float32, device=sharding)
+        return jnp.zeros((layers * rows, ring, 2, width), jnp.float32, device=window_sharding)
 
     def compressed(ratio: int) -> CompressedCache | None:
         layers, page_size = config.ratios.count(ratio), config.page_tokens // ratio
@@ -154,7 +158,7 @@ def init_cache(
             layers,
         )
 
-    window = zeros(config.kv_format, config.num_layers * window_pages, window_page_size)
+    window = zeros(config.kv_format, config.num_layers * window_pages, window_page_size, window_sharding)
     return Model1Cache(window, compressed(4), compressed(128), config.num_layers)
 
 
@@ -197,21 +201,32 @@ def check_cache(config: Model1Config, cache: Model1Cache) -> None:
 
 
 def plan(
-    config: Model1Config, cache: Model1Cache, tables: Model1Tables, cache_seqlens: Int32[Array, "b"], s_q: int
+    config: Model1Config,
+    cache: Model1Cache,
+    tables: Model1Tables,
+    cache_seqlens: Int32[Array, "b"],
+    s_q: int,
+    *,
+    context: ContextAxis | None = None,
 ) -> dict[int, SplitPlan]:
     """The split plans of one decode step, by compress ratio: make them once a step and hand them to every `decode`."""
     visible = steps.decode_step(cache_seqlens, s_q).visible  # [b, s_q]
+    share = (lambda length: length) if context is None else context.share
     plans = {}
     for ratio in set(config.ratios):
-        extra = _num_extra(config, ratio, tables.context.shape[1])
+        columns = tables.context.shape[1]
+        extra, own_extra = _num_extra(config, ratio, columns), 0
+        if ratio:
+            own_columns = columns if context is None else context.num_own(columns)
+            own_extra = min(extra, own_columns * (config.page_tokens // ratio))
         plans[ratio] = plan_sparse_decode(
-            config.window,
+            _own_window(config, context),
             batch=cache_seqlens.shape[0],
             s_q=s_q,
             num_heads=config.num_heads,
-            topk_length=jnp.minimum(visible, config.window),
-            extra_topk=extra,
-            extra_topk_length=jnp.minimum(visible // ratio, extra) if ratio else None,
+            topk_length=share(jnp.minimum(visible, config.window)),
+            extra_topk=own_extra,
+            extra_topk_length=jnp.minimum(share(jnp.minimum(visible // ratio, extra)), own_extra) if ratio else None,
         )
     return plans
 
@@ -227,6 +242,7 @@ def prefill(
     *,
     layer: Model1Layer | None = None,
     chunk: int | None = None,
+    context: ContextAxis | None = None,
 ) -> tuple[jax.Array, Model1Cache]:
     """Appends a prompt, or the next part of one, and attends from every token of it.
 
@@ -241,6 +257,9 @@ def prefill(
       start: tokens that each request already has in the cache; default none.
       layer: `config.layers[i]`; default the first. Its `layer` and `rank` may be traced (`lax.scan` over layers).
       chunk: attend from at most this many tokens at a time, which bounds memory and window; default all at once.
+      context: the mesh axis that the pages of compressed entries are spread over, inside `jax.shard_map`: what
+        `mla_jax.sharding.ModuleSharding` passes. Windows and rings are then the same on every rank, and
+        `tables.context` has all columns, each with the page's number on the rank that holds it (`mla_jax.context`).
 
     Returns:
       out `[b, s, hidden]` and the caches. out is 0 in padding, and NaN for tokens that have no place: their page or
@@ -254,7 +273,7 @@ def prefill(
     step_tokens = x.shape[1] if chunk is None else min(chunk, x.shape[1])
     _check_call(config, params, cache, x, tables, layer, step_tokens, lengths=lengths, start=begin)
     _check_places(config, cache, tables, layer, begin, lengths, x.shape[1])
-    attend = functools.partial(_attend, params, config, tables=tables, layer=layer, plan=None)
+    attend = functools.partial(_attend, params, config, tables=tables, layer=layer, plan=None, context=context)
     return steps.in_chunks(attend, cache, x, begin, lengths, chunk)
 
 
@@ -268,6 +287,7 @@ def decode(
     *,
     layer: Model1Layer | None = None,
     plan: dict[int, SplitPlan] | None = None,
+    context: ContextAxis | None = None,
 ) -> tuple[jax.Array, Model1Cache]:
     """One decode step of s_q tokens a request (more than one: multi-token prediction).
 
@@ -282,7 +302,7 @@ def decode(
     step = steps.decode_step(cache_seqlens, x.shape[1])
     _check_places(config, cache, tables, layer, step.start, step.count, x.shape[1])
     chosen_plan = None if plan is None else plan[layer.ratio]
-    return _attend(params, config, cache, x, step, tables=tables, layer=layer, plan=chosen_plan)
+    return _attend(params, config, cache, x, step, tables=tables, layer=layer, plan=chosen_plan, context=context)
 
 
 def _check_call(config, params, cache, x, tables, layer, step_tokens: int, **per_row) -> None:
@@ -326,6 +346,11 @@ def _num_extra(config: Model1Config, ratio: int, context_columns: int) -> int:
     return min(config.index_topk, capacity) if ratio == 4 else capacity
 
 
+def _own_window(config: Model1Config, context: ContextAxis | None) -> int:
+    """Keys of the window that this rank attends to."""
+    return config.window if context is None else -(-config.window // context.size)
+
+
 def _attend(
     params: Params,
     config: Model1Config,
@@ -336,6 +361,7 @@ def _attend(
     tables: Model1Tables,
     layer: Model1Layer,
     plan: SplitPlan | None,
+    context: ContextAxis | None,
 ) -> tuple[jax.Array, Model1Cache]:
     ratio, page_size = layer.ratio, cache.window.page_size
     cos, sin = rope.cos_sin(jnp.maximum(step.positions, 0), config.rope_of(ratio))  # [b, s, rope / 2] each
@@ -345,20 +371,24 @@ def _attend(
     table = layer_table(tables.window, layer.layer, cache.pages_per_layer)  # [b, columns]
     slots = _ring_slots(step.positions, table, page_size)  # [b, s]
     window = steps.append_rows(cache.window, window_row(params, config, x, cos, sin), slots, config.scale_rule)
-    back = jnp.arange(config.window, dtype=jnp.int32)[None, None]  # [1, 1, window]: newest first, none in between
-    seen = _ring_slots(step.positions[..., None] - back, table, page_size)  # [b, s, window]
+    back = jnp.arange(_own_window(config, context), dtype=jnp.int32)[None, None]  # [1, 1, w]: newest first, no gaps
+    if context is not None:  # every rank has the window, and takes every C-th key of it
+        back = back * context.size + context.rank
+    position = jnp.where(back < config.window, step.positions[..., None] - back, -1)  # [b, s, w]
+    seen = _ring_slots(position, table, page_size)  # [b, s, w]
 
     part, placed = cache.of(ratio), slots >= 0
     extra: dict[str, Any] = {}
     if part is not None:
-        part, extra, there = _compressed(params, config, part, x, q_latent, cos, sin, step, tables, layer)
+        part, extra, there = _compressed(params, config, part, x, q_latent, cos, sin, step, tables, layer, context)
         placed = placed & there  # [b, s]
-    o = sparse_mla_decode(
+    attend = sparse_mla_decode if context is None else context.sparse_mla_decode
+    o = attend(
         q.astype(config.kv_format.compute_dtype),
         window,
         seen,
         sm_scale=config.sm_scale,
-        topk_length=jnp.minimum(step.visible, config.window),
+        topk_length=jnp.minimum(step.visible, config.window) if context is None else None,
         attn_sink=params["sink"],
         plan=plan,
         implementation=config.implementation,
@@ -388,6 +418,7 @@ def _compressed(
     step: Step,
     tables: Model1Tables,
     layer: Model1Layer,
+    context: ContextAxis | None,
 ) -> tuple[CompressedCache, dict[str, Any], jax.Array]:
     """Appends the entries that this step completes; returns the caches, the op's extra scope, and which tokens of the
     step found a place `[b, s]`."""
@@ -396,10 +427,15 @@ def _compressed(
     exists = (tables.row >= 0) & (tables.row < part.rows_per_layer)  # [b]
     row = jnp.where(exists, tables.row + layer.rank * part.rows_per_layer, -1)  # [b]
     visible = step.visible // ratio  # [b, s]: entries that each query sees
+    own, keys = table, table  # where entries are written, and where they are read: [b, columns] each
+    k = _num_extra(config, ratio, table.shape[1])
+    if context is not None:
+        own, keys = context.only_own(table), context.own_columns(table)
+        visible = context.own_tokens(visible, page_size)  # [b, s]
 
     def append(prefix: str, pool: PagedKVCache, rings: jax.Array, transform, scale_rule: ScaleRule):
         entry, number, rings = _new_entries(params, config, prefix, x, rings, row, step, ratio)  # [b, w, d], [b, w]
-        slots = slots_from_positions(number, table, page_size)  # [b, w]
+        slots = slots_from_positions(number, own, page_size)  # [b, w]
         return steps.append_rows(pool, transform(entry), slots, scale_rule), rings
 
     entries, rings = append("compress", part.entries, part.rings, lambda e: e, config.scale_rule)
@@ -407,16 +443,15 @@ def _compressed(
     if index is not None and index_rings is not None:
         index, index_rings = append("index_compress", index, index_rings, indexer.hadamard, indexer.SCALE_RULE)
         rotate = functools.partial(rope.rotate_tail, cos=cos[:, :, None], sin=sin[:, :, None])
-        k = _num_extra(config, ratio, table.shape[1])
-        chosen = indexer.choose(params, config, index, x, q_latent, rotate, table, visible, k)  # [b, s, k]
+        chosen = indexer.choose(params, config, index, x, q_latent, rotate, keys, visible, k, context)  # [b, s, k]
     else:
-        capacity = table.shape[1] * page_size
+        capacity = keys.shape[1] * page_size
         chosen = jnp.arange(capacity, dtype=jnp.int32)[None, None]  # [1, 1, entries]
         chosen = jnp.where(chosen < visible[..., None], chosen, -1)  # [b, s, entries]
     extra = dict(
         extra_cache=entries,
-        extra_indices=slots_from_positions(chosen, table, page_size),  # [b, s, k]
-        extra_topk_length=jnp.minimum(visible, chosen.shape[-1]),  # [b, s]
+        extra_indices=slots_from_positions(chosen, keys, page_size),  # [b, s, k]
+        extra_topk_length=jnp.minimum(visible, chosen.shape[-1]) if context is None else None,  # [b, s]
     )
     # A token's page must be there even while its entry is not complete: the entry will have to go somewhere.
     page_of = slots_from_positions(step.positions, table, config.page_tokens)  # [b, s]

@@ -35,7 +35,7 @@ class _Attention(nnx.Module):
     ):
         """One layer of `config`, with random parameters (`rngs`) or given ones (`params`).
 
-        With `sharding` the layer runs over that mesh, data and head parallel, its parameters and the caches that it
+        With `sharding` the layer runs over that mesh's data, heads and context, its parameters and the caches that it
         makes placed there (`mla_jax.sharding.ModuleSharding`).
 
         Raises:

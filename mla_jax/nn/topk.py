@@ -65,7 +65,7 @@ def _select(scores: jax.Array, visible: jax.Array, k: int, method: Method | None
     if method == "kernel":
         rows = kernel.topk(scores.reshape(-1, n), visible.reshape(-1), k)  # [r, k]
         return rows.reshape(*visible.shape, k)
-    keys = _sortable(scores, visible)  # [..., n]
+    keys = _sortable(scores, _visible(scores, visible))  # [..., n]
     rows = keys.reshape(-1, n)  # [r, n]
     choose = {"sort": _by_sort, "chunked": _by_chunks}.get(method or "radix", _by_radix)
     columns = choose(rows, min(k, n))  # [r, min(k, n)]
@@ -74,13 +74,44 @@ def _select(scores: jax.Array, visible: jax.Array, k: int, method: Method | None
     return jnp.concatenate([columns, missing], axis=-1)  # [..., k]
 
 
-def _sortable(scores: jax.Array, visible: jax.Array) -> jax.Array:
+def among_best(scores: jax.Array, positions: jax.Array, k: int, axis_name: str) -> jax.Array:
+    """Which of this rank's candidates are among the k best of all ranks of a mesh axis, inside `jax.shard_map`.
+
+    Ranks send their candidates and nothing else, in two all-gathers. A rank's own k best suffice as candidates.
+
+    Args:
+      scores: float32 `[..., c]`.
+      positions: int32 `[..., c]`, distinct among all ranks; -1 for no candidate.
+      k: how many to choose.
+      axis_name: of the mesh axis.
+
+    Returns:
+      bool `[..., c]`. Among equal scores at the boundary the lowest positions win: over all ranks that is the set that
+      `select_topk` chooses from a row that has every score at its position.
+    """
+    taking_part = positions >= 0  # [..., c]
+    keys = _sortable(scores, taking_part).reshape(-1, scores.shape[-1])  # [r, c]
+    nearness = jnp.where(taking_part, ~positions.astype(jnp.uint32), 0).reshape(keys.shape)  # [r, c]
+    gather = functools.partial(lax.all_gather, axis_name=axis_name, axis=1, tiled=True)
+    all_keys, all_nearness = gather(keys), gather(nearness)  # [r, ranks * c] each
+    lowest = kth_largest(all_keys, k)[:, None]  # [r, 1]; 0 where there are fewer than k
+    missing = k - jnp.sum(all_keys > lowest, axis=1, keepdims=True, dtype=jnp.int32)  # [r, 1]: at least 1
+    last = kth_largest(jnp.where(all_keys == lowest, all_nearness, 0), missing)[:, None]  # [r, 1]
+    wins = (keys > lowest) | ((keys == lowest) & (nearness >= last))  # [r, c]
+    return (wins & (keys > 0)).reshape(positions.shape)
+
+
+def _visible(scores: jax.Array, visible: jax.Array) -> jax.Array:
+    """Which columns take part: bool `[..., n]`."""
+    column = jnp.arange(scores.shape[-1], dtype=jnp.int32).reshape((1,) * visible.ndim + (-1,))  # [..., n]
+    return column < visible[..., None]  # [..., n]
+
+
+def _sortable(scores: jax.Array, taking_part: jax.Array) -> jax.Array:
     """Keys that order as the scores do: uint32 `[..., n]`, 0 for columns that take no part and only for those."""
     bits = lax.bitcast_convert_type(scores.astype(jnp.float32), jnp.uint32)  # [..., n]
     sign = jnp.uint32(1 << 31)
     keys = jnp.where(bits >= sign, ~bits, bits | sign)  # [..., n]: negative floats reversed, below the positive ones
-    column = jnp.arange(scores.shape[-1], dtype=jnp.int32).reshape((1,) * visible.ndim + (-1,))  # [..., n]
-    taking_part = column < visible[..., None]  # [..., n]
     return jnp.where(taking_part, jnp.maximum(keys, 1), 0)  # [..., n]
 
 
@@ -102,8 +133,11 @@ def _by_chunks(keys: jax.Array, k: int) -> jax.Array:
     return jnp.where(values > 0, jnp.take_along_axis(columns.reshape(r, -1), winners, axis=1), -1)  # [r, k]
 
 
-def kth_largest(keys: jax.Array, k: int) -> jax.Array:
-    """The k-th largest of each row: keys uint32 `[r, n]` -> uint32 `[r]`; 0 where fewer than k keys are above 0."""
+def kth_largest(keys: jax.Array, k: int | jax.Array) -> jax.Array:
+    """The k-th largest of each row: keys uint32 `[r, n]` -> uint32 `[r]`; 0 where fewer than k keys are above 0.
+
+    `k` may differ by row: int32 `[r, 1]`.
+    """
     digits = jnp.arange(1, 16, dtype=jnp.uint32)  # [15]
 
     def narrow(step: jax.Array, found: jax.Array) -> jax.Array:

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from mla_jax.cache import PagedKVCache, slots_from_positions
+from mla_jax.context import ContextAxis
 from mla_jax.decode import mla_decode, sparse_mla_decode
 from mla_jax.nn import indexer, rope, steps
 from mla_jax.nn.config import V32Config
@@ -86,19 +87,23 @@ def plan(
     block_table: Int32[Array, "b columns"],
     cache_seqlens: Int32[Array, "b"],
     s_q: int,
+    *,
+    context: ContextAxis | None = None,
 ) -> SplitPlan:
     """The split plan of one decode step, for all layers: make it once a step and hand it to every `decode`."""
+    page_size, columns = cache.kv.page_size, block_table.shape[1]
     if not config.is_sparse:
-        page_size = cache.kv.page_size
+        if context is not None:
+            cache_seqlens = context.own_tokens(jnp.maximum(cache_seqlens, 0), page_size)
         return plan_decode(cache_seqlens, s_q=s_q, num_heads=config.num_heads, page_size=page_size)
     step = steps.decode_step(cache_seqlens, s_q)
-    chosen = _num_chosen(config, block_table.shape[1] * cache.kv.page_size)
+    chosen = _num_chosen(config, columns * page_size)
+    length = jnp.minimum(step.visible, chosen)  # [b, s_q]
+    if context is not None:
+        chosen = min(chosen, context.num_own(columns) * page_size)
+        length = jnp.minimum(context.share(length), chosen)  # [b, s_q]
     return plan_sparse_decode(
-        chosen,
-        batch=cache_seqlens.shape[0],
-        s_q=s_q,
-        num_heads=config.num_heads,
-        topk_length=jnp.minimum(step.visible, chosen),
+        chosen, batch=cache_seqlens.shape[0], s_q=s_q, num_heads=config.num_heads, topk_length=length
     )
 
 
@@ -113,6 +118,7 @@ def prefill(
     *,
     layer: int | jax.Array = 0,
     chunk: int | None = None,
+    context: ContextAxis | None = None,
 ) -> tuple[jax.Array, V32Cache]:
     """Appends a prompt, or the next part of one, and attends from every token of it.
 
@@ -126,6 +132,9 @@ def prefill(
       start: tokens that each request already has in the cache; default none.
       layer: which layer's part of the pools; may be traced (`lax.scan` over layers).
       chunk: attend from at most this many tokens at a time, which bounds memory; default all at once.
+      context: the mesh axis that the pools' pages are spread over, inside `jax.shard_map`: what
+        `mla_jax.sharding.ModuleSharding` passes. `block_table` then has all columns, each with the page's number on the
+        rank that holds it (`mla_jax.context`).
 
     Returns:
       out `[b, s, hidden]` and the caches. out is 0 in padding, and NaN for tokens that have no place: their page is not
@@ -137,7 +146,9 @@ def prefill(
     begin = jnp.zeros(x.shape[0], jnp.int32) if start is None else start
     steps.check_call(config, params, config.param_specs(), x, block_table, lengths=lengths, start=begin)
     check_cache(config, cache)
-    attend = functools.partial(_attend, params, config, block_table=block_table, layer=layer, plan=None)
+    attend = functools.partial(
+        _attend, params, config, block_table=block_table, layer=layer, plan=None, context=context
+    )
     steps.check_places(
         "block_table", block_table, cache.kv.page_size, cache.pages_per_layer, begin, lengths, x.shape[1]
     )
@@ -154,6 +165,7 @@ def decode(
     *,
     layer: int | jax.Array = 0,
     plan: SplitPlan | None = None,
+    context: ContextAxis | None = None,
 ) -> tuple[jax.Array, V32Cache]:
     """One decode step of s_q tokens a request (more than one: multi-token prediction).
 
@@ -169,7 +181,7 @@ def decode(
     steps.check_places(
         "block_table", block_table, cache.kv.page_size, cache.pages_per_layer, step.start, step.count, x.shape[1]
     )
-    return _attend(params, config, cache, x, step, block_table=block_table, layer=layer, plan=plan)
+    return _attend(params, config, cache, x, step, block_table=block_table, layer=layer, plan=plan, context=context)
 
 
 def _num_chosen(config: V32Config, capacity: int) -> int:
@@ -186,9 +198,14 @@ def _attend(
     block_table: jax.Array,  # [b, columns]
     layer: int | jax.Array,
     plan: SplitPlan | None,
+    context: ContextAxis | None,
 ) -> tuple[jax.Array, V32Cache]:
+    page_size = cache.kv.page_size
     table = layer_table(block_table, layer, cache.pages_per_layer)  # [b, columns]
-    slots = slots_from_positions(step.positions, table, cache.kv.page_size)  # [b, s]
+    slots = slots_from_positions(step.positions, table, page_size)  # [b, s]
+    placed = slots >= 0  # [b, s]: on some rank
+    if context is not None:
+        slots = slots_from_positions(step.positions, context.only_own(table), page_size)  # [b, s]
     cos, sin = rope.cos_sin(jnp.maximum(step.positions, 0), config.rope)  # [b, s, rope / 2] each
 
     q_latent = rms_norm(project(x, params["wq_a"]), params["q_norm"], config.norm_eps)  # [b, s, q_lora]
@@ -200,23 +217,24 @@ def _attend(
     if cache.index is not None:
         index = steps.append_rows(cache.index, index_key(params, config, x, cos, sin), slots, indexer.SCALE_RULE)
         rotate = functools.partial(rope.rotate_head, cos=cos[:, :, None], sin=sin[:, :, None])
-        k = _num_chosen(config, table.shape[1] * cache.kv.page_size)
-        chosen = indexer.choose(params, config, index, x, q_latent, rotate, table, step.visible, k)  # [b, s, k]
-        o = sparse_mla_decode(
-            q,
-            kv,
-            slots_from_positions(chosen, table, cache.kv.page_size),
-            topk_length=jnp.minimum(step.visible, chosen.shape[-1]),
-            **options,
-        )  # [b, s, h, latent]
+        k, visible = _num_chosen(config, table.shape[1] * page_size), step.visible
+        if context is not None:
+            table, visible = context.own_columns(table), context.own_tokens(visible, page_size)
+        chosen = indexer.choose(params, config, index, x, q_latent, rotate, table, visible, k, context)  # [b, s, k]
+        keys = slots_from_positions(chosen, table, page_size)  # [b, s, k]
+        if context is None:
+            o = sparse_mla_decode(q, kv, keys, topk_length=jnp.minimum(visible, k), **options)  # [b, s, h, latent]
+        else:
+            o = context.sparse_mla_decode(q, kv, keys, **options)  # [b, s, h, latent]
     else:
         # The op's rows end with the request's last key: a row's tokens move behind its padding, and back.
         spare = (x.shape[1] - step.count)[:, None]  # [b, 1]
         seqlens = jnp.where(step.count > 0, step.start + step.count, 0)  # [b]
-        o = mla_decode(steps.roll(q, spare), kv, table, seqlens, is_causal=True, **options)  # [b, s, h, latent]
+        attend = mla_decode if context is None else context.mla_decode
+        o = attend(steps.roll(q, spare), kv, table, seqlens, is_causal=True, **options)  # [b, s, h, latent]
         o = steps.roll(o, -spare)  # [b, s, h, latent]
     out = output(params, o.astype(config.dtype))  # [b, s, hidden]
-    out = steps.mark(out, step, slots >= 0)  # [b, s, hidden]
+    out = steps.mark(out, step, placed)  # [b, s, hidden]
     return out, V32Cache(kv, index, cache.num_layers)
 
 

@@ -28,6 +28,7 @@ from jax.sharding import PartitionSpec as P
 
 from mla_jax import checks
 from mla_jax.cache import PagedKVCache
+from mla_jax.context import ContextAxis
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -224,9 +225,16 @@ class Layout:
 
     # -- inside shard_map ------------------------------------------------------------------------------------------
 
+    @property
+    def _over_context(self) -> ContextAxis | None:
+        """The context axis, if it has more than one rank."""
+        if self.context is None or self.num_context == 1:
+            return None
+        return ContextAxis(self.context, self.num_context)
+
     def _rank(self) -> jax.Array | int:
         """Context rank of this shard."""
-        return lax.axis_index(self.context) if self.context is not None else 0
+        return self._over_context.rank if self._over_context else 0
 
     def _first_page(self, cache: PagedKVCache, shared: bool = False) -> jax.Array | int:
         """Global id of this shard's page 0."""

@@ -1,8 +1,7 @@
 """The public ops on every shard of a mesh, under the names and with the arguments that they have on one device.
 
 Each method is one `jax.shard_map` around the op of `mla_jax`, so the kernels run unchanged on what a device holds. Only
-the context axis communicates: every rank attends to its own keys, and `_merge` joins the partial results with two
-collectives the size of the output, an all-to-all (each rank gets all partials of some rows) and an all-gather.
+the context axis communicates (`mla_jax.context`).
 """
 
 from __future__ import annotations
@@ -13,13 +12,11 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from mla_jax import cache as caches
 from mla_jax import checks, decode
 from mla_jax.cache import PagedKVCache
-from mla_jax.lse import merge_partials
 from mla_jax.quantize import ScaleRule
 from mla_jax.sharding.layout import Layout
 from pallas_kernels import schedule
@@ -274,7 +271,12 @@ class DecodeSharding(Layout):
         return self._run(local, operands, (self._q_spec, self._q_spec), options)
 
     def _run(self, local, operands: dict[str, tuple[Any, Any]], out_specs: Any, options: dict[str, Any]) -> Any:
-        placed = {name: jax.tree.map(lambda x, s=spec: self._place(x, s), x) for name, (x, spec) in operands.items()}
+        def place(x, spec):  # a spec for all leaves, or a tuple of them for a tuple
+            if isinstance(spec, tuple):
+                return tuple(map(place, x, spec))
+            return jax.tree.map(lambda leaf: self._place(leaf, spec), x)
+
+        placed = {name: place(x, spec) for name, (x, spec) in operands.items()}
         specs = tuple((name, spec) for name, (_, spec) in operands.items())
         return _sharded(placed, self, local, specs, out_specs, tuple(options.items()))
 
@@ -318,112 +320,21 @@ def _sharded(operands, ds: DecodeSharding, local, specs, out_specs, options):
 # -- on one shard: arrays are local, page ids and slots global ---------------------------------------------------------
 
 
-def _dense(ds: DecodeSharding, q, cache, block_table, cache_seqlens, sm_scale, plan, is_causal, **options):
-    options |= dict(sm_scale=sm_scale)
+def _dense(ds: DecodeSharding, q, cache, block_table, cache_seqlens, **options):
     if block_table is not None:
         block_table = ds._local(block_table, ds._first_page(cache), cache.num_pages)  # [b, max_pages]
-    if ds.num_context == 1:
-        options |= dict(is_causal=is_causal, plan=plan, return_lse=True)
-        return decode.mla_decode(q, cache, block_table, cache_seqlens, **options)
-    attend = functools.partial(decode.partial_results, decode.mla_decode, **options)
-    b, s_q, h, d = q.shape
-    page_size, columns = cache.page_size, block_table.shape[1]
-    lengths = jnp.clip(cache_seqlens, 0, min(columns * page_size, 2**31 - 1 - page_size))  # [b]
-    own_table = _own_columns(ds, block_table)  # [b, columns / C]
-    if not is_causal or s_q == 1:
-        out, lse = attend(q, cache, own_table, _own_tokens(ds, lengths, page_size), plan=plan)
-        return _merge(ds, out, lse, None, q.dtype)
-    # The rows' ends differ by less than s_q tokens, which may lie on different ranks: no one length a rank says that.
-    # So: whole pages that every row sees, and then the few tokens behind them, each row as a request of its own.
-    whole = lax.div(jnp.maximum(lengths - (s_q - 1), 0), jnp.int32(page_size))  # [b] pages
-    seen_by_all = attend(q, cache, own_table, _own_tokens(ds, whole * page_size, page_size), plan=plan)
-    num_tail = -(-(page_size + s_q - 2) // page_size)  # pages that can hold the rest
-    column = whole[:, None] + jnp.arange(num_tail, dtype=jnp.int32)[None]  # [b, num_tail]
-    rows = lax.broadcasted_iota(jnp.int32, column.shape, 0)
-    page = block_table.at[rows, column].get(mode="fill", fill_value=-1)  # [b, num_tail]
-    page = jnp.where(lax.rem(column, jnp.int32(ds.num_context)) == ds._rank(), page, -1)
-    end = lengths[:, None] - jnp.arange(s_q - 1, -1, -1, dtype=jnp.int32)[None]  # [b, s_q]
-    tail = jnp.maximum(end - whole[:, None] * page_size, 0)  # [b, s_q]
-    out, lse = attend(q.reshape(b * s_q, 1, h, d), cache, jnp.repeat(page, s_q, axis=0), tail.reshape(-1))
-    few = out.reshape(b, s_q, h, -1), lse.reshape(b, s_q, h)
-    outs, lses = (jnp.stack(parts) for parts in zip(seen_by_all, few, strict=True))  # [2, b, s_q, h, ...]
-    out, lse = merge_partials(outs, lses)
-    return _merge(ds, out, lse, None, q.dtype)
+    attend = ds._over_context.mla_decode if ds._over_context else decode.mla_decode
+    return attend(q, cache, block_table, cache_seqlens, return_lse=True, **options)
 
 
-def _own_columns(ds: DecodeSharding, table: jax.Array) -> jax.Array:
-    """[b, columns] -> [b, ceil(columns / C)]: columns rank, rank + C, ..., which are this rank's."""
-    ranks = ds.num_context
-    table = jnp.pad(table, ((0, 0), (0, -table.shape[1] % ranks)), constant_values=-1)
-    table = table.reshape(table.shape[0], -1, ranks)  # [b, columns / C, C]
-    return lax.dynamic_index_in_dim(table, ds._rank(), axis=2, keepdims=False)
+def _sparse(ds: DecodeSharding, q, cache, indices, extra_cache, extra_indices, extra_shared, **options):
+    def own(indices, cache, shared=False):  # [b, s_q, topk], or [b, topk]
+        return ds._local(indices, ds._first_page(cache, shared) * cache.page_size, cache.num_slots)
 
-
-def _own_tokens(ds: DecodeSharding, lengths: jax.Array, page_size: int) -> jax.Array:
-    """[b] tokens of each request -> [b] how many of them lie in this rank's columns."""
-    ranks, rank = ds.num_context, ds._rank()
-    whole, rest = lax.div(lengths, jnp.int32(page_size)), lax.rem(lengths, jnp.int32(page_size))
-    own = lax.div(whole + (ranks - 1) - rank, jnp.int32(ranks))  # [b] whole pages
-    return own * page_size + jnp.where(lax.rem(whole, jnp.int32(ranks)) == rank, rest, 0)
-
-
-def _sparse(
-    ds: DecodeSharding, q, cache, indices, sm_scale, topk_length, attn_sink, extra_cache, extra_indices,
-    extra_topk_length, plan, extra_shared, **options,
-):  # fmt: skip
-    indices, topk_length = _own_slots(ds, cache, indices, topk_length, False)
     if extra_cache is not None:
-        extra_indices, extra_topk_length = _own_slots(ds, extra_cache, extra_indices, extra_topk_length, extra_shared)
-    options |= dict(
-        sm_scale=sm_scale, topk_length=topk_length, extra_cache=extra_cache, extra_indices=extra_indices,
-        extra_topk_length=extra_topk_length, plan=plan,
-    )  # fmt: skip
-    if ds.num_context == 1:
-        return decode.sparse_mla_decode(q, cache, indices, attn_sink=attn_sink, return_lse=True, **options)
-    out, lse = decode.partial_results(decode.sparse_mla_decode, q, cache, indices, **options)
-    return _merge(ds, out, lse, attn_sink, q.dtype)
-
-
-def _own_slots(ds: DecodeSharding, cache: PagedKVCache, indices, length, shared: bool) -> tuple[jax.Array, Any]:
-    """Indices of this shard's slots and their lengths; with a context axis moved to the front, so that a rank works on
-    its own keys only and not on the gaps that the others leave."""
-    first = ds._first_page(cache, shared) * cache.page_size
-    own = ds._local(indices, first, cache.num_slots)  # [b, s_q, topk], or [b, topk]
-    if ds.num_context == 1:
-        return own, length
-    if length is not None:
-        length = length.reshape(length.shape + (1,) * (own.ndim - length.ndim))  # broadcasts to [b, s_q, topk]
-        own = jnp.where(lax.broadcasted_iota(jnp.int32, own.shape, own.ndim - 1) < length, own, -1)
-    there = own >= 0
-    place = jnp.cumsum(there, axis=-1, dtype=jnp.int32) - 1
-    place = jnp.where(there, place, own.shape[-1])  # out of range: dropped
-
-    def compact(own, place):  # [topk] each
-        return jnp.full_like(own, -1).at[place].set(own, mode="drop", unique_indices=False)
-
-    flat = own.reshape(-1, own.shape[-1]), place.reshape(-1, own.shape[-1])
-    count = jnp.sum(there, axis=-1, dtype=jnp.int32)  # [b, s_q], or [b]
-    return jax.vmap(compact)(*flat).reshape(own.shape), count
-
-
-def _merge(ds: DecodeSharding, out, lse, attn_sink, dtype) -> tuple[jax.Array, jax.Array]:
-    """Joins the context ranks' (out float32 [b, s_q, h, d_v], lse [b, s_q, h]); all get the result, in `dtype`."""
-    ranks, axis = ds.num_context, ds.context
-    rows = lse.size
-    each = -(-rows // ranks)  # rows that a rank merges
-
-    def split(x, fill):  # [rows, ...] -> [ranks, each, ...]
-        x = jnp.pad(x, [(0, ranks * each - rows)] + [(0, 0)] * (x.ndim - 1), constant_values=jnp.asarray(fill, x.dtype))
-        return x.reshape(ranks, each, *x.shape[1:])
-
-    outs = lax.all_to_all(split(out.reshape(rows, -1), 0), axis, 0, 0)  # [ranks, each, d_v]: of rows, all partials
-    lses = lax.all_to_all(split(lse.reshape(rows), -jnp.inf), axis, 0, 0)  # [ranks, each]
-    if attn_sink is not None:
-        sinks = split(jnp.broadcast_to(attn_sink[None], (rows // attn_sink.size, attn_sink.size)).reshape(rows), 0)
-        attn_sink = lax.dynamic_index_in_dim(sinks, ds._rank(), keepdims=False)  # [each]
-    merged, merged_lse = merge_partials(outs, lses, attn_sink=attn_sink)  # [each, d_v], [each]
-    gather = functools.partial(lax.all_gather, axis_name=axis, tiled=True)
-    return gather(merged.astype(dtype))[:rows].reshape(out.shape), gather(merged_lse)[:rows].reshape(lse.shape)
+        options |= dict(extra_cache=extra_cache, extra_indices=own(extra_indices, extra_cache, extra_shared))
+    attend = ds._over_context.sparse_mla_decode if ds._over_context else decode.sparse_mla_decode
+    return attend(q, cache, own(indices, cache), return_lse=True, **options)
 
 
 def _append(ds: DecodeSharding, cache, kv, slots, scale_rule, shared):
@@ -436,15 +347,15 @@ def _slots(ds: DecodeSharding, positions, block_table, page_size):
 
 
 def _plan_dense(ds: DecodeSharding, lengths, page_size, **options):
-    if ds.num_context > 1:
-        lengths = _own_tokens(ds, jnp.maximum(lengths, 0), page_size)
+    if ds._over_context:
+        lengths = ds._over_context.own_tokens(jnp.maximum(lengths, 0), page_size)
     return schedule.plan_decode(lengths, page_size=page_size, **options)
 
 
 def _plan_sparse(ds: DecodeSharding, lengths, topk, extra_topk, **options):
-    ranks = jnp.int32(ds.num_context)
     main, extra = (jnp.maximum(x, 0) for x in lengths)
-    main, extra = (lax.div(x, ranks) + jnp.minimum(lax.rem(x, ranks), 1) for x in (main, extra))  # rounded up
+    if ds._over_context:
+        main, extra = ds._over_context.share(main), ds._over_context.share(extra)
     return schedule.plan_sparse_decode(
         topk, batch=main.shape[0], topk_length=main, extra_topk=extra_topk,
         extra_topk_length=extra if extra_topk else None, **options,
