@@ -19,8 +19,6 @@ CASES = WARM | {
     "sparse-model1-bf16-h1": (mla_jax.MODEL1, mla_jax.BF16_512),
     "sparse-bf16-h64": (mla_jax.BF16_512, None),
 }
-# Stack accesses a block in the loop that dequantises: three registers too few, in 960 instructions.
-SPILLS = {"sparse-bf16-v32-h96": 6}
 # The loop over blocks that has an instruction, by what the model of performance calls it.
 LOOPS = {"values": "LDSM", "softmax": "MUFU", "dequantise": "STS.128", "copy": "UBLKCP"}
 
@@ -41,12 +39,7 @@ def test_compiles_well(name):
     # The loops over blocks: the gathering one once a scope.
     assert len(loops) >= (3 if extra_fmt is None else 4)
     assert sum(any("HGMMA" in line for line in loop) for loop in loops) == 2
-    for loop in loops:
-        # The copy warpgroup has 24 registers and time to spare: a few accesses of its loops may go to memory, also of
-        # the one for a plain scope, where it only keeps step. The others multiply, dequantise or copy small chunks.
-        copies = not any(op in line for line in loop for op in ("HGMMA", "STS.128", "LDGSTS"))
-        spilled = [line for line in loop if "LDL" in line or "STL" in line]
-        assert len(spilled) <= (9 if copies else SPILLS.get(name, 0)), spilled
+    assert not [line for loop in loops for line in loop if "LDL" in line or "STL" in line]
     if extra_fmt is None and fmt is mla_jax.V32:
         counted = INSTRUCTIONS["sm90", "V32"]
         for name, op in LOOPS.items():
@@ -56,7 +49,7 @@ def test_compiles_well(name):
 
 @pytest.mark.parametrize("fmt", [mla_jax.V32, mla_jax.MODEL1, mla_jax.BF16_576, mla_jax.BF16_512])
 def test_shared_memory_fits(fmt):
-    assert mgpu.smem_bytes(sm90.scratch_types(fmt)) <= mgpu.MAX_SMEM_BYTES
+    assert mgpu.smem_bytes(sm90.scratch_types(fmt, 1)) <= mgpu.MAX_SMEM_BYTES
 
 
 def test_registers_are_not_oversubscribed():

@@ -134,6 +134,7 @@ def test_float32_results():
 
 # -- planted mistakes ------------------------------------------------------------------------------------------------
 
+PRODUCTS = "        acc = pl.run_state(products)(tuple(map(plgpu.ACC.init, acc)))\n"
 PLANTED = {
     "P is handed over before it is written": (
         "        p[...] = probabilities\n        rows[RESCALE_ROW] = rescale\n        plgpu.barrier_arrive(p_ready)\n",
@@ -155,8 +156,8 @@ PLANTED = {
         "        plgpu.barrier_wait(empty.at[stage])\n",
     ),
     "a stage is given back before it is multiplied": (
-        "        acc = pl.run_state(products)(tuple(map(plgpu.ACC.init, acc)))\n        release(stage)\n        return acc\n",
-        "        release(stage)\n        acc = pl.run_state(products)(tuple(map(plgpu.ACC.init, acc)))\n        return acc\n",
+        f"{PRODUCTS}        release(stage)\n        return acc\n",
+        f"        release(stage)\n{PRODUCTS}        return acc\n",
     ),
     "a stage is announced before it is full": (
         "        ops.finish_block(slots, kv, rows, stage, parity, data[k], scopes[k], **copied)\n"
