@@ -237,14 +237,19 @@ class Layout:
         return self._over_context.rank if self._over_context else 0
 
     def _first_page(self, cache: PagedKVCache, shared: bool = False) -> jax.Array | int:
-        """Global id of this shard's page 0."""
+        """Global id of this shard's page 0; the number 0 if it holds the whole pool."""
         part: Any = self._rank()
-        if self.data is not None and not shared:
+        if self.num_data > 1 and not shared:
             part = lax.axis_index(self.data) * self.num_context + part
         return part * cache.num_pages
 
     def _local(self, ids: Int32[Array, "*n"], first: Any, count: int) -> jax.Array:
-        """Global ids -> ids of this shard, which holds [first, first + count); -1 for those of others."""
+        """Global ids -> ids of this shard, which holds [first, first + count); -1 for those of others.
+
+        Where it holds all, ids stay as they are, garbage included: to the ops that is no page either.
+        """
+        if isinstance(first, int):
+            return ids
         here = (ids >= first) & (ids < first + count)
         return jnp.where(here, ids - first, -1)
 

@@ -1,14 +1,13 @@
 """`ModuleSharding`: the attention modules over meshes of CPU devices equal themselves on one device."""
 
 import functools
-import re
 
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from meshes import make
+from meshes import collectives, make
 
 from mla_jax import nn
 from mla_jax.nn import model1, v32
@@ -57,17 +56,6 @@ def tables_of(config, ds):
     context, num_context = spread_table(config.page_tokens)
     sizes = dict(window_pages=num_window, context_pages=num_context, rows=B, window_page_size=PAGE)
     return nn.Model1Tables(window, context, jnp.arange(B, dtype=jnp.int32)), sizes
-
-
-def collectives(compiled):
-    """(name, bytes of its result) of every collective of a compiled program."""
-    found = []
-    pattern = r" = (.*?) (all-reduce|all-gather|all-to-all|reduce-scatter|collective-[a-z]+)(?:-start)?\("
-    for result, name in re.findall(pattern, compiled.as_text()):
-        arrays = re.findall(r"[a-z](\d+)\[([\d,]*)\]", result)
-        bits = [int(width) * int(np.prod([int(n) for n in dims.split(",") if n])) for width, dims in arrays]
-        found.append((name, sum(bits) // 8))
-    return found
 
 
 @pytest.mark.parametrize(

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import re
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType
-from meshes import make
+from meshes import collectives, make
 from samples import random_cache, relative_error, rows
 
 import mla_jax
@@ -75,22 +73,6 @@ def place(ds, cache, *, shared=False):
 def assert_same(got, want, tolerance=TOLERANCE):
     assert relative_error(got[0], want[0]) <= tolerance
     np.testing.assert_allclose(got[1], want[1], rtol=1e-5, atol=1e-5)
-
-
-COLLECTIVE = re.compile(
-    r" = (.*?) (all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter|collective-broadcast)(-start)?\("
-)
-
-
-def collectives(compiled):
-    """(name, bytes of its result) of every collective of a compiled program."""
-    widths = dict(f32=4, bf16=2, u16=2, s32=4, u8=1)
-    found = []
-    for result, name, _ in COLLECTIVE.findall(compiled.as_text()):
-        arrays = re.findall(r"(\w\d+)\[([\d,]*)\]", result)
-        sizes = [widths[kind] * int(np.prod([int(n) for n in dims.split(",") if n])) for kind, dims in arrays]
-        found.append((name, sum(sizes)))
-    return found
 
 
 def assert_only_the_merge(ds, compiled, rows, d_v=512):
