@@ -78,7 +78,10 @@ def test_sparse(axis, fmt):
 @pytest.mark.parametrize("axis", ["context", "heads"])
 @pytest.mark.parametrize("kind", ["v3", "v32", "ratio4", "ratio128"])
 def test_modules(axis, kind):
-    """A prompt and one more token. Outputs are bfloat16 behind two projections: the bound is twice that of the ops."""
+    """A prompt, 8 tokens at a time since the indexer's kernel is unrolled over a step's queries, and one more token.
+
+    Outputs are bfloat16 behind two projections: the bound is twice that of the ops.
+    """
     ds, b, s = two_gpus(axis), 4, 700
     if kind in ("v3", "v32"):
         changes = dict(index_topk=0, cache="bf16") if kind == "v3" else dict(index_topk=128)
@@ -100,7 +103,7 @@ def test_modules(axis, kind):
     lengths = jnp.full(b, s, jnp.int32)
 
     def run(prefill, decode, params, cache):
-        out, cache = prefill(params, cache, x[:, :s], tables, lengths, layer=layer)
+        out, cache = prefill(params, cache, x[:, :s], tables, lengths, layer=layer, chunk=8)
         more, _ = decode(params, cache, x[:, s:], tables, lengths + 1, layer=layer)
         return jnp.concatenate([out, more], axis=1)
 
