@@ -8,6 +8,7 @@ from pallas_kernels import formats
 from pallas_kernels.formats import KVFormat
 
 TILE_HEADS = 64  # query heads of one CTA: the rows of a wgmma
+FEW_HEADS = 32  # as many at most are columns, not rows, of the products (sm90_few.py)
 PAIR_HEADS = 128  # query heads of two CTAs (sm100_pair.py)
 BLOCK_TOKENS = 64  # keys of one stage
 STAGES = 2  # dequantised blocks in shared memory
@@ -28,6 +29,8 @@ class SparseConfig:
       softmax_registers, value_registers, gather_registers, copy_registers: registers a thread of the four warpgroups.
       share_copies: whether the CTAs of two neighbouring tiles of heads are a cluster, which copies each row once for
         both. Only where the number of tiles is even.
+      few_heads: whether 32 heads or fewer have the kernel whose products are no larger than they need
+        (sm90_few.py, which has registers of its own).
     """
 
     softmax_registers: int = 208
@@ -35,6 +38,7 @@ class SparseConfig:
     gather_registers: int = 88
     copy_registers: int = 40
     share_copies: bool = True
+    few_heads: bool = True
 
     def __post_init__(self) -> None:
         registers = (self.softmax_registers, self.value_registers, self.gather_registers, self.copy_registers)

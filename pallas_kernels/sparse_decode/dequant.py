@@ -23,6 +23,7 @@ from __future__ import annotations
 import functools
 
 import jax
+import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
@@ -37,7 +38,6 @@ from pallas_kernels.sparse_decode.config import (
     COLUMN_TILE,
     COLUMN_TILE_BYTES,
     GROUP_ROWS,
-    STAGES,
     Scope,
 )
 from pallas_kernels.sparse_decode.lanes import (
@@ -75,12 +75,10 @@ from pallas_kernels.sparse_decode.lanes import (
 
 MASKED = -float("inf")
 
-# Rows of the small float32 buffer `rows` [ROWS, 64].
-BIAS_ROW = 0  # STAGES rows: 0 for a key, -inf for none
-RESCALE_ROW = STAGES  # what the accumulators are multiplied by before a block
-FACTOR_ROW = STAGES + 1  # what they are multiplied by at the end
-BARRIER_ROW = STAGES + 2  # the bulk copies' mbarriers: one a stage, warp and group
-ROWS = STAGES + 3
+# Rows of the small float32 buffer `rows`, [*, 64]. What a kernel needs besides lies behind these.
+BARRIER_ROW = 0  # the bulk copies' mbarriers: one a stage, warp and group; there is room for 4 stages
+BIAS_ROW = 1  # as many as stages: 0 for a key, -inf for none
+BOTH_GROUPS = (0, 1)  # of a warp: a warpgroup dequantises a whole block, or one of these and so half of the rows
 
 TILES = plgpu.RefType(mgpu.tile((GROUP_ROWS, COLUMN_TILE)).transforms)
 
@@ -91,17 +89,17 @@ TILES = plgpu.RefType(mgpu.tile((GROUP_ROWS, COLUMN_TILE)).transforms)
 class SparseHardware(mgpu.Hardware):
     """Gather, dequantisation and masked stores, as they are on a GPU."""
 
-    def copy_scratch(self) -> dict[str, plgpu.Barrier]:
-        """Scratch types beside `rows` that `start_copy` and `await_copy` need."""
+    def copy_scratch(self, stages: int) -> dict[str, plgpu.Barrier]:
+        """Scratch types beside `rows` that `start_copy` and `finish_block` need."""
         return {}
 
-    def init_copies(self, rows) -> None:
+    def init_copies(self, rows, stages: int) -> None:
         """Prepares the mbarriers of bulk copies. One warpgroup does; the others must be told."""
 
         @plgpu.inline_mgpu(arg_types=(REF,))
         def init(_, rows):
             lane = Lane()
-            for stage in range(STAGES):
+            for stage in range(stages):
                 for k in range(GROUPS_PER_WARP):
                     barrier = _barrier(lane, rows, const(stage, i32()), k)
                     text = f"@$0 mbarrier.init.shared::cta.b64 [$1], {GROUP_ROWS};"
@@ -157,36 +155,37 @@ class SparseHardware(mgpu.Hardware):
         share: whether a cluster of two CTAs wants the same rows. Each then copies every other group, for both.
         """
         copy = functools.partial(_copy_raw, share=share) if scope.fmt.is_quantized else _copy_nothing
-        self._start(copy, data, slots, kv, rows, stage, scope)
+        self._start(copy, data, slots, kv, rows, stage, scope, BOTH_GROUPS)
 
-    def copy_plain(self, data, slots, kv, rows, stage, scope: Scope) -> None:
-        """Begins to copy a block's bf16 rows to a free stage; the same warpgroup finishes."""
-        self._start(_copy_plain, data, slots, kv, rows, stage, scope)
+    def copy_plain(self, data, slots, kv, rows, stage, scope: Scope, groups=BOTH_GROUPS) -> None:
+        """Begins to copy a block's bf16 rows, those of `groups`, to a free stage; the same warpgroup finishes."""
+        self._start(_copy_plain, data, slots, kv, rows, stage, scope, groups)
 
-    def _start(self, copy, data, slots, kv, rows, stage, scope) -> None:
+    def _start(self, copy, data, slots, kv, rows, stage, scope, groups) -> None:
         @plgpu.inline_mgpu(arg_types=(REF, BLOCK_ROW, TILES, REF, SPLAT))
         def start(_, data, slots, kv, rows, stage):
             lane = Lane()
-            for k, slot in enumerate(row_values(slots)):
+            for k in groups:
+                slot = row_values(slots)[k]
                 group = lane.group(kv, scalar(stage), k, scope.fmt.d_qk)
                 copy(lane, group, data, slot, _barrier(lane, rows, scalar(stage), k), scope, k)
 
         start(data, slots, kv, rows, stage)
 
-    def finish_block(self, slots, kv, rows, stage, parity, data, scope: Scope, copied=None) -> None:
-        """Waits for the rows, dequantises them, writes the mask, makes it all visible to wgmma."""
+    def finish_block(self, slots, kv, rows, stage, parity, data, scope: Scope, groups=BOTH_GROUPS, copied=None) -> None:
+        """Waits for the rows of `groups`, dequantises them, writes their mask, makes it all visible to wgmma."""
         del data
 
         @plgpu.inline_mgpu(arg_types=(BLOCK_ROW, TILES, REF, SPLAT, SPLAT))
         def finish(_, slots, kv, rows, stage, parity):
             lane = Lane()
-            keys = [is_key(slot, scope) for slot in row_values(slots)]
+            keys = {k: is_key(row_values(slots)[k], scope) for k in groups}
             bias = add(smem(rows), add(mul(scalar(stage), 4 * BLOCK_TOKENS), 4 * BLOCK_TOKENS * BIAS_ROW))
             bias = add(bias, mul(add(mul(lane.warp, GROUP_ROWS), lane.row), 4))
-            for k, key in enumerate(keys):
+            for k, key in keys.items():
                 mask = arith.select(key, const(0, i32()), const(MINUS_INFINITY, i32()))
                 asm(f"st.shared.b32 [$0+{128 * k}], $1;", "r,r", bias, mask)
-            for k, key in enumerate(keys):
+            for k, key in keys.items():
                 _wait(_barrier(lane, rows, scalar(stage), k), scalar(parity))
                 if scope.fmt.is_quantized:
                     _dequantize_group(lane, lane.group(kv, scalar(stage), k, scope.fmt.d_qk), key, scope)
@@ -324,11 +323,11 @@ def _dequantize_group(lane, group, key, scope) -> None:
 class SparseInterpreted(mgpu.Interpreted):
     """The same in plain jax.numpy."""
 
-    def copy_scratch(self):
-        return {"copied": plgpu.Barrier(num_barriers=STAGES)}
+    def copy_scratch(self, stages):
+        return {"copied": plgpu.Barrier(num_barriers=stages)}
 
-    def init_copies(self, rows) -> None:
-        for stage in range(STAGES):
+    def init_copies(self, rows, stages) -> None:
+        for stage in range(stages):
             rows[BARRIER_ROW, stage] = jnp.float32(0)  # phases that have ended: what an mbarrier keeps
 
     def load_slots(self, indices, item, block, length, scope):
@@ -345,18 +344,30 @@ class SparseInterpreted(mgpu.Interpreted):
         rows[BARRIER_ROW, stage] = rows[BARRIER_ROW, stage] + 1
         plgpu.barrier_arrive(copied.at[stage])
 
-    def copy_plain(self, data, slots, kv, rows, stage, scope) -> None:
+    def copy_plain(self, data, slots, kv, rows, stage, scope, groups=BOTH_GROUPS) -> None:
         # The stage holds neither the old keys nor the new ones from here on.
-        kv[stage] = jnp.full((BLOCK_TOKENS, scope.fmt.d_qk), jnp.nan, jnp.bfloat16)
+        for group in groups:
+            kv[stage, _rows_of(group)] = jnp.full((GROUP_KEYS, scope.fmt.d_qk), jnp.nan, jnp.bfloat16)
 
-    def finish_block(self, slots, kv, rows, stage, parity, data, scope, copied) -> None:
+    def finish_block(self, slots, kv, rows, stage, parity, data, scope, groups=BOTH_GROUPS, *, copied) -> None:
         plgpu.barrier_wait(copied.at[stage])
         # On a GPU a wait for the wrong parity is over too early, or never: here it spoils the keys.
         is_due = lax.rem(rows[BARRIER_ROW, stage].astype(jnp.int32) - 1, jnp.int32(2)) == parity
-        kv[stage] = jnp.where(is_due, _interpreted_rows(data[...], slots, scope), jnp.bfloat16(jnp.nan))
+        keys = jnp.where(is_due, _interpreted_rows(data[...], slots, scope), jnp.bfloat16(jnp.nan))
         key = (slots >= 0) & (slots < scope.num_slots)
-        rows[BIAS_ROW + stage] = jnp.where(key, 0.0, MASKED).astype(jnp.float32)
+        bias = jnp.where(key, 0.0, MASKED).astype(jnp.float32)
+        for group in groups:
+            first = group * GROUP_KEYS
+            kv[stage, _rows_of(group)] = keys[first : first + GROUP_KEYS]
+            rows[BIAS_ROW + stage, _rows_of(group)] = bias[first : first + GROUP_KEYS]
         self.publish_smem()
+
+
+GROUP_KEYS = BLOCK_TOKENS // GROUPS_PER_WARP  # of all warps' k-th groups
+
+
+def _rows_of(group: int):
+    return pl.ds(group * GROUP_KEYS, GROUP_KEYS)
 
 
 def _interpreted_rows(data, slots, scope: Scope) -> jax.Array:

@@ -3,7 +3,7 @@
     S = scale * Q K^T    P = softmax(S)    O = P V    with K [keys, d_qk] gathered and dequantised, V = K[:, :d_v]
 
 One CTA works on one tile of 64 heads of the items (query rows) of its part; docs/sparse-decode.md explains the choice
-and has the budget. Four warpgroups:
+and has the budget. Up to 32 heads have a kernel of their own, sm90_few.py. Four warpgroups:
 
     copy     row indices -> raw rows in shared memory, as soon as a stage is free           (dequant.py)
     gather   raw rows -> bf16 keys in their place; two stages of 64 keys                    (dequant.py)
@@ -25,9 +25,11 @@ and the barriers between them (the raw rows' arrival at the gathering warps is a
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
+import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
@@ -36,9 +38,10 @@ from jax import lax
 from pallas_kernels import mgpu
 from pallas_kernels.formats import KVFormat
 from pallas_kernels.mgpu import WGMMA, WGMMA_ROW, rows_to_tile
-from pallas_kernels.sparse_decode import dequant, work
+from pallas_kernels.sparse_decode import dequant, sm90_few, work
 from pallas_kernels.sparse_decode.config import (
     BLOCK_TOKENS,
+    FEW_HEADS,
     MAX_REGISTERS,
     STAGES,
     TILE_HEADS,
@@ -46,12 +49,17 @@ from pallas_kernels.sparse_decode.config import (
     SparseConfig,
     heuristic,
 )
-from pallas_kernels.sparse_decode.dequant import BIAS_ROW, FACTOR_ROW, RESCALE_ROW, ROWS
+from pallas_kernels.sparse_decode.dequant import BIAS_ROW, BOTH_GROUPS
 from pallas_kernels.sparse_decode.work import each_block, final_factor, piece_at, pieces_of_part
 
 SOFTMAX, VALUE, GATHER, COPY = range(4)  # warpgroups
 WGMMA_COLUMN = WGMMA.reduce(0)
 ACC_COLUMNS = 128  # of one accumulator; ptxas refuses wgmma with 256 columns in a kernel of four warpgroups
+
+# Rows of `rows` behind those of dequant.py.
+RESCALE_ROW = BIAS_ROW + STAGES  # what the accumulators are multiplied by before a block
+FACTOR_ROW = RESCALE_ROW + 1  # what they are multiplied by at the end
+ROWS = FACTOR_ROW + 1
 LOWEST = -3.0e38  # below any score, and finite: exp2(-inf - LOWEST) is 0, not NaN
 
 
@@ -77,7 +85,7 @@ def scratch_types(fmt: KVFormat, cluster_tiles: int) -> dict[str, Any]:
 # -- warpgroup roles ---------------------------------------------------------------------------------------------
 
 
-def _set_registers(count):
+def set_registers(count):
     # The wrong direction is an illegal instruction.
     plgpu.set_max_registers(count, action="increase" if count > MAX_REGISTERS // 4 else "decrease")
 
@@ -118,7 +126,7 @@ def _softmax_warpgroup(
     *, fmt, q_rows, tile, config, ops, q, kv, p, rows, q_ready, full, release, p_ready, p_free,
 ):  # fmt: skip
     """Scores, softmax and the left half of O."""
-    _set_registers(config.softmax_registers)
+    set_registers(config.softmax_registers)
     scale2 = scale[0] * mgpu.LOG2_E
     for stage in range(STAGES):
         release(stage)
@@ -207,7 +215,7 @@ def _value_warpgroup(
     parts, pieces, lengths, results, *, fmt, tile, config, kv, p, rows, release, p_ready, p_free
 ):  # fmt: skip
     """The right half of O."""
-    _set_registers(config.value_registers)
+    set_registers(config.value_registers)
     half = fmt.d_v // 2
     for stage in range(STAGES):
         release(stage)
@@ -246,51 +254,55 @@ def _value_warpgroup(
     pieces_of_part(parts, pieces, lengths, piece)
 
 
-def _gather_warpgroup(
-    data, indices, parts, pieces, lengths, *, scopes, config, ops, kv, rows, full, empty, say_ready, copied
+def gather_warpgroup(
+    data, indices, parts, pieces, lengths,
+    *, scopes, registers, ops, kv, rows, full, empty, begin, copied, groups=BOTH_GROUPS,
 ):  # fmt: skip
-    """Keys of every block from their raw rows."""
-    _set_registers(config.gather_registers)
-    ops.init_copies(rows)
-    say_ready()
+    """Keys of every block from their raw rows, or every half block of two such warpgroups. `begin()` returns when the
+    copies' mbarriers exist."""
+    set_registers(registers)
+    begin()
+    stages = kv.shape[0]
 
     def load(k, item, j):
         return ops.load_slots(indices[k], item, j, lengths[k](item), scopes[k])
 
     def block(k, item, j, number, slots):
-        stage, use = lax.rem(number, jnp.int32(STAGES)), lax.div(number, jnp.int32(STAGES))
+        stage, use = lax.rem(number, jnp.int32(stages)), lax.div(number, jnp.int32(stages))
         plgpu.barrier_wait(empty.at[stage])
         if not scopes[k].fmt.is_quantized:
-            ops.copy_plain(data[k], slots, kv, rows, stage, scopes[k])
+            ops.copy_plain(data[k], slots, kv, rows, stage, scopes[k], groups)
         following = load(k, item, j + 1)
         parity = lax.rem(use, jnp.int32(2))
-        ops.finish_block(slots, kv, rows, stage, parity, data[k], scopes[k], **copied)
+        ops.finish_block(slots, kv, rows, stage, parity, data[k], scopes[k], groups, **copied)
         plgpu.barrier_arrive(full.at[stage])
         return following
 
     each_block(parts, pieces, lengths, scopes, load, block)
-    for stage in range(STAGES):
+    for stage in range(stages):
         plgpu.barrier_wait(empty.at[stage])  # drains it
 
 
-def _copy_warpgroup(
-    data, indices, parts, pieces, lengths, *, scopes, share, config, ops, kv, rows, empty, copies_ready, copied
+def copy_warpgroup(
+    data, indices, parts, pieces, lengths,
+    *, scopes, share, registers, ops, kv, rows, empty, copies_ready, copied,
 ):  # fmt: skip
     """Raw rows of every block into its stage, as soon as that is free."""
-    _set_registers(config.copy_registers)
+    set_registers(registers)
     plgpu.barrier_wait(copies_ready)
+    stages = kv.shape[0]
 
     def load(k, item, j):
         return ops.load_slots(indices[k], item, j, lengths[k](item), scopes[k])
 
     def block(k, item, j, number, slots):
-        stage = lax.rem(number, jnp.int32(STAGES))
+        stage = lax.rem(number, jnp.int32(stages))
         plgpu.barrier_wait(empty.at[stage])
         ops.start_copy(data[k], slots, kv, rows, stage, scopes[k], share, **copied)
         return load(k, item, j + 1)
 
     each_block(parts, pieces, lengths, scopes, load, block)
-    for stage in range(STAGES):
+    for stage in range(stages):
         plgpu.barrier_wait(empty.at[stage])  # drains it
 
 
@@ -325,28 +337,37 @@ def _run(call, *, q, kv, p, rows, q_ready, full, empty, p_ready, p_free, copies_
             release=lambda stage: arrive("value", empty.at[stage]), p_ready=p_ready, p_free=p_free,
         )  # fmt: skip
 
-    gathering = dict(scopes=call.scopes, config=config, ops=ops, kv=kv, rows=rows, empty=empty, copied=copied)
+    gathering = dict(scopes=call.scopes, ops=ops, kv=kv, rows=rows, empty=empty, copied=copied)
+
+    def begin():
+        ops.init_copies(rows, STAGES)
+        arrive("gather", copies_ready)
 
     @pl.when(wg == GATHER)
     def _gather():
-        _gather_warpgroup(
-            call.data, call.indices, parts, pieces, lengths, full=full,
-            say_ready=lambda: arrive("gather", copies_ready), **gathering,
+        gather_warpgroup(
+            call.data, call.indices, parts, pieces, lengths, registers=config.gather_registers, full=full,
+            begin=begin, **gathering,
         )  # fmt: skip
 
     @pl.when(wg == COPY)
     def _copy():
-        _copy_warpgroup(
-            call.data, call.indices, parts, pieces, lengths, share=call.cluster_tiles > 1, copies_ready=copies_ready,
-            **gathering,
+        copy_warpgroup(
+            call.data, call.indices, parts, pieces, lengths, share=call.cluster_tiles > 1,
+            registers=config.copy_registers, copies_ready=copies_ready, **gathering,
         )  # fmt: skip
+
+
+def _run_few(call, **scratch):
+    """One CTA for all of at most 32 heads."""
+    sm90_few.run(call, set_registers, gather_warpgroup, copy_warpgroup, **scratch)
 
 
 KERNEL = work.Kernel(
     heuristic=heuristic,
     operations=dequant.operations,
     scratch_types=lambda fmt, ops, cluster_tiles: (
-        scratch_types(fmt, cluster_tiles) | {"meetings": ops.barrier_scratch(MEETINGS)} | ops.copy_scratch()
+        scratch_types(fmt, cluster_tiles) | {"meetings": ops.barrier_scratch(MEETINGS)} | ops.copy_scratch(STAGES)
     ),
     view=lambda pages, scope: pages,
     run=_run,
@@ -354,4 +375,23 @@ KERNEL = work.Kernel(
     cluster_tiles=_cluster_tiles,
 )
 
-sparse_decode = functools.partial(work.sparse_decode, KERNEL)
+
+def _few_kernel(num_heads: int) -> work.Kernel:
+    columns = work.round_up(num_heads, KERNEL.q_row_align)
+    return dataclasses.replace(
+        KERNEL,
+        operations=sm90_few.operations,
+        scratch_types=lambda fmt, ops, cluster_tiles: sm90_few.scratch_types(fmt, columns, ops),
+        run=_run_few,
+        cluster_tiles=lambda config, tiles, scopes: 1,
+    )
+
+
+def sparse_decode(
+    q: jax.Array, cache_data: jax.Array, fmt: KVFormat, *args, config: SparseConfig | None = None, **options
+) -> tuple[jax.Array, jax.Array]:
+    """`work.sparse_decode` with the kernel for so many heads."""
+    num_heads = q.shape[2]
+    config = config or heuristic(fmt, num_heads, options.get("extra_fmt"))
+    kernel = _few_kernel(num_heads) if config.few_heads and num_heads <= FEW_HEADS else KERNEL
+    return work.sparse_decode(kernel, q, cache_data, fmt, *args, config=config, **options)
