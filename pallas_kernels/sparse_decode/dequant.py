@@ -53,7 +53,6 @@ from pallas_kernels.sparse_decode.lanes import (
     const,
     dequantize_latent,
     equal,
-    fields,
     gmem,
     i32,
     is_key,
@@ -129,24 +128,6 @@ class SparseHardware(mgpu.Hardware):
             return row_array(slots)
 
         return load(indices, item, block, length)
-
-    def load_scales(self, data, slots, scope: Scope) -> tuple[jax.Array, ...]:
-        """Scales that do not lie in the rows (MODEL1): two int32 [64] in BLOCK_ROW layout, 8 bytes a row."""
-        if not scope.fmt.is_quantized or scope.scale_record == 0:
-            return ()
-        word = plgpu.ShapeDtypeStruct((BLOCK_TOKENS,), jnp.dtype(jnp.int32), BLOCK_ROW)
-
-        @plgpu.inline_mgpu(arg_types=(REF, BLOCK_ROW), return_type=(word, word))
-        def load(_, data, slots):
-            words = []
-            for slot in row_values(slots):
-                _, scales = row_address(data, slot, scope)
-                text = "{ mov.b32 $0, 0; mov.b32 $1, 0; @$2 ld.global.nc.v2.b32 {$0, $1}, [$3]; }"
-                pair = asm(text, "=&r,=&r,b,l", is_key(slot, scope), scales, result="!llvm.struct<(i32, i32)>")
-                words.append(fields(pair, [i32()] * 2))
-            return tuple(row_array([w[k] for w in words]) for k in range(2))
-
-        return tuple(load(data, slots))
 
     def start_copy(self, data, slots, kv, rows, stage, scope: Scope, share: bool, copied=None) -> None:
         """Begins to copy a block's raw rows to a free stage. Of plain rows it only says that the stage's turn has come:
@@ -334,9 +315,6 @@ class SparseInterpreted(mgpu.Interpreted):
         place = block * BLOCK_TOKENS + jnp.arange(BLOCK_TOKENS, dtype=jnp.int32)  # [64]
         slots = jnp.take(indices[item], jnp.minimum(place, scope.topk - 1))  # [64]
         return jnp.where(place < length, slots, -1)
-
-    def load_scales(self, data, slots, scope):
-        return ()
 
     def start_copy(self, data, slots, kv, rows, stage, scope, share, copied) -> None:
         if scope.fmt.is_quantized:

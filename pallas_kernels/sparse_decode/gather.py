@@ -216,22 +216,22 @@ class GatherHardware(Gather, dequant.SparseHardware):
 
     def load_scales(self, data, slots, scope: Scope) -> tuple[jax.Array, ...]:
         """A row's scales as int32 [64] words in `lanes.BLOCK_ROW` layout: two words of e8m0, or four of float32."""
-        if not scope.fmt.is_quantized or scope.scale_record != 0:
-            return super().load_scales(data, slots, scope)
+        if not scope.fmt.is_quantized:
+            return ()
         word = plgpu.ShapeDtypeStruct((BLOCK_TOKENS,), jnp.dtype(jnp.int32), lanes.BLOCK_ROW)
-        count = scope.fmt.num_scales
+        count = scope.scale_record_bytes // 4 if scope.has_scales_apart else scope.fmt.num_scales
 
         @plgpu.inline_mgpu(arg_types=(REF, lanes.BLOCK_ROW), return_type=(word,) * count)
         def load(_, data, slots):
             words = []
             for slot in lanes.row_values(slots):
-                row, _ = lanes.row_address(data, slot, scope)
+                row, scales = lanes.row_address(data, slot, scope)
+                address = scales if scope.has_scales_apart else add(row, scope.scale_offset_bytes)
                 names = [f"${n}" for n in range(count)]
                 text = "{ " + " ".join(f"mov.b32 {name}, 0;" for name in names)
-                text += f" @${count} ld.global.nc.v{count}.b32 {{{', '.join(names)}}}, "
-                text += f"[${count + 1}+{scope.scale_offset_bytes}]; }}"
+                text += f" @${count} ld.global.nc.v{count}.b32 {{{', '.join(names)}}}, [${count + 1}]; }}"
                 struct = f"!llvm.struct<({', '.join(['i32'] * count)})>"
-                loaded = asm(text, "=&r," * count + "b,l", lanes.is_key(slot, scope), row, result=struct)
+                loaded = asm(text, "=&r," * count + "b,l", lanes.is_key(slot, scope), address, result=struct)
                 words.append(lanes.fields(loaded, [i32()] * count))
             return tuple(lanes.row_array([w[k] for w in words]) for k in range(count))
 

@@ -49,6 +49,7 @@ from pallas_kernels.sparse_decode.lanes import (
     add,
     const,
     equal,
+    fields,
     gmem,
     i32,
     less,
@@ -197,7 +198,7 @@ def _load_pair(address: ir.Value, offset_bytes: int) -> ir.Value:
     text = f"ld.shared.v2.f32 {{$0, $1}}, [$2+{offset_bytes}];"
     struct = asm(text, "=f,=f,r", address, result="!llvm.struct<(f32, f32)>")
     f32 = ir.F32Type.get()
-    return vector.from_elements(ir.VectorType.get((2,), f32), dequant.fields(struct, [f32, f32]))
+    return vector.from_elements(ir.VectorType.get((2,), f32), fields(struct, [f32, f32]))
 
 
 class FewInterpreted(dequant.SparseInterpreted):
