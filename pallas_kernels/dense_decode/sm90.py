@@ -102,7 +102,7 @@ def _zero_carry(columns=HALF):
     return acc, maximum, total
 
 
-def _left_step(pair, carry, *, is_last, work, refs, full, bar, ops, scale2, q_rope, tile_index, shape):
+def _left_step(pair, carry, *, is_last, work, refs, full, bar, ops, scale2, q_rope, tile_index, shape, release):
     """One pair for the left consumer: P0, then O_left += P0 V0_left + P1 V1_left, then the next pair's scores 0."""
     acc, scores, room, maximum, total = carry  # [ROWS, HALF], [ROWS, BLOCK], [], [ROWS], [ROWS]
     dyn = mgpu.opaque_zero(pair)
@@ -152,9 +152,15 @@ def _left_step(pair, carry, *, is_last, work, refs, full, bar, ops, scale2, q_ro
     def other_product_and_next_scores(acc_and_scores):
         acc_ref, scores_ref = acc_and_scores
         plgpu.wgmma(acc_ref, refs["p1"], refs["left"].at[1 + dyn])
+        if release >= 1:
+            # Before the next block is waited for: its second half would else be asked for when the first has come, and
+            # a pair would take two latencies.
+            plgpu.wgmma_wait(0)
+            bar.arrive("free_left1")
         _scores(refs, full, q_rope, 0, scores_ref, "left", dyn, shape=shape)
-        plgpu.wgmma_wait(1)
-        bar.arrive("free_left1")
+        if release < 1:
+            plgpu.wgmma_wait(1)
+            bar.arrive("free_left1")
         _scores(refs, full, q_rope, 0, scores_ref, "right", dyn, shape=shape)
 
     zeros = plgpu.layout_cast(jnp.zeros((ROWS, BLOCK), jnp.float32), WGMMA)  # [ROWS, BLOCK]
@@ -162,7 +168,7 @@ def _left_step(pair, carry, *, is_last, work, refs, full, bar, ops, scale2, q_ro
     return acc, scores, next_room, pair_max, total
 
 
-def _right_step(pair, carry, *, is_last, work, refs, full, bar, ops, scale2, q_rope, tile_index, shape):
+def _right_step(pair, carry, *, is_last, work, refs, full, bar, ops, scale2, q_rope, tile_index, shape, release):
     """One pair for the right consumer: P1, then O_right += P1 V1_right + P0 V0_right, then the next pair's scores 1."""
     acc, scores, room, maximum, total = carry  # [ROWS, HALF], [ROWS, BLOCK], [], [ROWS], [ROWS]
     dyn = mgpu.opaque_zero(pair)
@@ -191,11 +197,16 @@ def _right_step(pair, carry, *, is_last, work, refs, full, bar, ops, scale2, q_r
     def products(acc_ref):
         plgpu.wgmma(acc_ref, p_bf16, refs["right"].at[1 + dyn])
         ops.publish_smem()
+        if release >= 2:
+            bar.arrive("p1")
+            plgpu.wgmma_wait(0)
+            bar.arrive("free_right1")  # before the left consumer is waited for
         bar.wait("p0")
         plgpu.wgmma(acc_ref, refs["p0"], refs["right"].at[0 + dyn])
-        bar.arrive("p1")
-        plgpu.wgmma_wait(1)
-        bar.arrive("free_right1")
+        if release < 2:
+            bar.arrive("p1")
+            plgpu.wgmma_wait(1)
+            bar.arrive("free_right1")
         if not is_last:
             plgpu.wgmma_wait(0)
             bar.arrive("free_right0")
@@ -278,7 +289,7 @@ def _consumer(side, *, config, shape, part, tile_index, inputs, outs, refs, full
         acc, maximum, total = _zero_carry()
         run = functools.partial(
             step, work=work, refs=refs, full=full, bar=bar, ops=ops, scale2=scale2, q_rope=q_rope,
-            tile_index=tile_index, shape=shape,
+            tile_index=tile_index, shape=shape, release=config.release,
         )  # fmt: skip
         carry = (acc, scores, room, maximum, total)
         carry = lax.fori_loop(0, work.num_pairs - 1, functools.partial(run, is_last=False), carry)
