@@ -29,7 +29,7 @@ class DenseConfig:
     producer_registers: int = 24
     combine_rows: int | None = None
     overlap_combine: bool = True
-    release: int = 1
+    release: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("consumer_registers", "producer_registers"):

@@ -95,6 +95,14 @@ def _scores(refs, barriers_full, q_rope, side, scores_ref, half, dyn, *, shape):
         plgpu.wgmma(scores_ref, q_rope, refs["rope"].at[side + dyn].transpose((1, 0)))
 
 
+def _release(config, shape):
+    if config.release is not None:
+        return config.release
+    import os
+
+    return int(os.environ.get("REL1" if shape.tiles == 1 else "REL2", "1"))
+
+
 def _zero_carry(columns=HALF):
     maximum = plgpu.layout_cast(jnp.full((ROWS,), NEVER, jnp.float32), WGMMA_ROW)  # [ROWS], of base-2 scores
     total = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), WGMMA_ROW)  # [ROWS]
@@ -289,7 +297,7 @@ def _consumer(side, *, config, shape, part, tile_index, inputs, outs, refs, full
         acc, maximum, total = _zero_carry()
         run = functools.partial(
             step, work=work, refs=refs, full=full, bar=bar, ops=ops, scale2=scale2, q_rope=q_rope,
-            tile_index=tile_index, shape=shape, release=config.release,
+            tile_index=tile_index, shape=shape, release=_release(config, shape),
         )  # fmt: skip
         carry = (acc, scores, room, maximum, total)
         carry = lax.fori_loop(0, work.num_pairs - 1, functools.partial(run, is_last=False), carry)
