@@ -21,15 +21,12 @@ class DenseConfig:
       producer_registers: registers a thread of the warpgroup that loads.
       combine_rows: query rows that one CTA of the combine kernel merges; None lets it choose.
       overlap_combine: launch the combine kernel early (programmatic dependent launch).
-      release: temporary, for one comparison. When buffers are given back: 0 the last one only after the next block's
-        first half came, 1 as soon as it was read, 2 also the right consumer's before it waits for the left one.
     """
 
     consumer_registers: int = 240
     producer_registers: int = 24
     combine_rows: int | None = None
     overlap_combine: bool = True
-    release: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("consumer_registers", "producer_registers"):

@@ -95,14 +95,6 @@ def _scores(refs, barriers_full, q_rope, side, scores_ref, half, dyn, *, shape):
         plgpu.wgmma(scores_ref, q_rope, refs["rope"].at[side + dyn].transpose((1, 0)))
 
 
-def _release(config, shape):
-    if config.release is not None:
-        return config.release
-    import os
-
-    return int(os.environ.get("REL1" if shape.tiles == 1 else "REL2", "1"))
-
-
 def _zero_carry(columns=HALF):
     maximum = plgpu.layout_cast(jnp.full((ROWS,), NEVER, jnp.float32), WGMMA_ROW)  # [ROWS], of base-2 scores
     total = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), WGMMA_ROW)  # [ROWS]
@@ -110,7 +102,7 @@ def _zero_carry(columns=HALF):
     return acc, maximum, total
 
 
-def _left_step(pair, carry, *, is_last, work, refs, full, bar, ops, scale2, q_rope, tile_index, shape, release):
+def _left_step(pair, carry, *, is_last, work, refs, full, bar, ops, scale2, q_rope, tile_index, shape):
     """One pair for the left consumer: P0, then O_left += P0 V0_left + P1 V1_left, then the next pair's scores 0."""
     acc, scores, room, maximum, total = carry  # [ROWS, HALF], [ROWS, BLOCK], [], [ROWS], [ROWS]
     dyn = mgpu.opaque_zero(pair)
@@ -160,13 +152,14 @@ def _left_step(pair, carry, *, is_last, work, refs, full, bar, ops, scale2, q_ro
     def other_product_and_next_scores(acc_and_scores):
         acc_ref, scores_ref = acc_and_scores
         plgpu.wgmma(acc_ref, refs["p1"], refs["left"].at[1 + dyn])
-        if release >= 1:
-            # Before the next block is waited for: its second half would else be asked for when the first has come, and
-            # a pair would take two latencies.
+        # Given back before the next block is waited for: its second half would else be asked for when the first has
+        # come, and a pair would take two latencies. Where several tiles read a block, the products are what counts, and
+        # these two follow each other without a gap.
+        if shape.tiles == 1:
             plgpu.wgmma_wait(0)
             bar.arrive("free_left1")
         _scores(refs, full, q_rope, 0, scores_ref, "left", dyn, shape=shape)
-        if release < 1:
+        if shape.tiles > 1:
             plgpu.wgmma_wait(1)
             bar.arrive("free_left1")
         _scores(refs, full, q_rope, 0, scores_ref, "right", dyn, shape=shape)
@@ -176,7 +169,7 @@ def _left_step(pair, carry, *, is_last, work, refs, full, bar, ops, scale2, q_ro
     return acc, scores, next_room, pair_max, total
 
 
-def _right_step(pair, carry, *, is_last, work, refs, full, bar, ops, scale2, q_rope, tile_index, shape, release):
+def _right_step(pair, carry, *, is_last, work, refs, full, bar, ops, scale2, q_rope, tile_index, shape):
     """One pair for the right consumer: P1, then O_right += P1 V1_right + P0 V0_right, then the next pair's scores 1."""
     acc, scores, room, maximum, total = carry  # [ROWS, HALF], [ROWS, BLOCK], [], [ROWS], [ROWS]
     dyn = mgpu.opaque_zero(pair)
@@ -205,16 +198,11 @@ def _right_step(pair, carry, *, is_last, work, refs, full, bar, ops, scale2, q_r
     def products(acc_ref):
         plgpu.wgmma(acc_ref, p_bf16, refs["right"].at[1 + dyn])
         ops.publish_smem()
-        if release >= 2:
-            bar.arrive("p1")
-            plgpu.wgmma_wait(0)
-            bar.arrive("free_right1")  # before the left consumer is waited for
         bar.wait("p0")
         plgpu.wgmma(acc_ref, refs["p0"], refs["right"].at[0 + dyn])
-        if release < 2:
-            bar.arrive("p1")
-            plgpu.wgmma_wait(1)
-            bar.arrive("free_right1")
+        bar.arrive("p1")
+        plgpu.wgmma_wait(1)
+        bar.arrive("free_right1")
         if not is_last:
             plgpu.wgmma_wait(0)
             bar.arrive("free_right0")
@@ -297,7 +285,7 @@ def _consumer(side, *, config, shape, part, tile_index, inputs, outs, refs, full
         acc, maximum, total = _zero_carry()
         run = functools.partial(
             step, work=work, refs=refs, full=full, bar=bar, ops=ops, scale2=scale2, q_rope=q_rope,
-            tile_index=tile_index, shape=shape, release=_release(config, shape),
+            tile_index=tile_index, shape=shape,
         )  # fmt: skip
         carry = (acc, scores, room, maximum, total)
         carry = lax.fori_loop(0, work.num_pairs - 1, functools.partial(run, is_last=False), carry)
