@@ -13,6 +13,7 @@ kernel that is proved:
 | `gather_rows` | `cp.async`, 16 bytes each | one plain copy a row |
 | `store_rows`, `store_row_values` | predicated stores from registers | plain stores of the rows that exist |
 | `any_positive` | a vote of the warpgroup (`bar.red.or`) | a plain reduction |
+| `scale_rows` | one multiplication a value | a plain product |
 
 Tensor memory, tcgen05 and their barriers, which SM90 does not have, need no substitution. The interpreter lacks wgmma
 with an operand or an initial accumulator in registers; tests/kernels/interpreter.py teaches it those, and race-checks
@@ -30,6 +31,7 @@ import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental.mosaic import gpu as mosaic
 from jax.experimental.mosaic.gpu import utils as mosaic_utils
@@ -235,6 +237,31 @@ class Hardware:
             return mosaic.FragmentedArray.splat(found, (), is_signed=True)
 
         return vote(x) != 0
+
+    def scale_rows(self, x: jax.Array, factor: jax.Array) -> jax.Array:
+        """x float32 [64, n] in WGMMA layout, each row times its value of factor float32 [64], in WGMMA_ROW layout.
+
+        The plain product becomes multiplications of pairs, for whose results ptxas takes registers beside those of x:
+        twice as many for what goes from tensor memory to tensor memory.
+        """
+
+        @plgpu.inline_mgpu(
+            arg_types=(WGMMA, WGMMA_ROW), return_type=plgpu.ShapeDtypeStruct(x.shape, jnp.dtype(jnp.float32), WGMMA)
+        )
+        def scale(_, x, factor):
+            f32 = ir.F32Type.get()
+            # Register n of x: two columns of the thread's first row, or, if n is odd, of the row 8 below it.
+            factors = [vector.extract(v, dynamic_position=[], static_position=[0]) for v in factor.registers.flat]
+            scaled = np.empty(x.registers.shape, object)
+            for n, pair in enumerate(x.registers.flat):
+                for k in range(2):
+                    value = vector.extract(pair, dynamic_position=[], static_position=[k])
+                    value = llvm.inline_asm(f32, [value, factors[n % 2]], "mul.rn.f32 $0, $1, $2;", "=f,f,f")
+                    pair = vector.insert(value, pair, dynamic_position=[], static_position=[k])
+                scaled.flat[n] = pair
+            return mosaic.FragmentedArray(_registers=scaled, _layout=x.layout, _is_signed=None)
+
+        return scale(x, factor)
 
     def producer_warp(self, run: Callable[[], None]) -> None:
         """Runs `run` on the first warp of the calling warpgroup."""
@@ -461,6 +488,9 @@ class Interpreted(Hardware):
 
     def any_positive(self, x, layout):
         return jnp.max(x) > 0
+
+    def scale_rows(self, x, factor):
+        return x * rows_to_tile(factor, x.shape)
 
     def producer_warp(self, run):
         run()

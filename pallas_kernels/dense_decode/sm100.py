@@ -58,8 +58,11 @@ HALF = 256  # output columns of a CTA, for 128 rows
 PART_COLUMNS = 64  # of O or Q in registers at a time, for 128 rows
 NATIVE = plgpu.Layout.TCGEN05_TMEM_NATIVE  # one row of 128 a thread
 FACTOR, LSE = range(2)  # rows of `vectors`
-# A thread; of 504 in all (mgpu.MAX_REGISTERS). With these ptxas keeps all tiles in registers (`mla-jax aot`).
-SOFTMAX_REGISTERS, PRODUCT_REGISTERS, PRODUCER_REGISTERS = 240, 136, 128
+LAUNCHED_REGISTERS = mgpu.MAX_REGISTERS // 3
+# A thread of softmax, products and producer, by rows of a tile. What several warpgroups use (addresses) must lie in
+# registers that each of them has, and softmax needs 128 of those where it scales the output: with more for softmax and
+# fewer for the others, ptxas keeps addresses on the stack (docs/log.md).
+REGISTERS = {64: (184, 152, 168), 128: (192, 160, 152)}
 
 
 class Design:
@@ -113,10 +116,13 @@ class Design:
         return buffers
 
     def tmem(self) -> dict[str, Any]:
-        """Arrays in TMEM by name; the output of value group g is `out_g`."""
+        """Arrays in TMEM by name; the output of value group g is `sum_g`.
+
+        They lie there in the order of their names. P, or S, first: what two warpgroups use needs no address of its own.
+        """
         arrays = {}
         for group, width in self.value_groups.items():
-            arrays[f"out_{group}"] = plgpu.TMEM((self.rows, width), jnp.float32)
+            arrays[f"sum_{group}"] = plgpu.TMEM((self.rows, width), jnp.float32)
         arrays["scores"] = plgpu.TMEM((self.rows, BLOCK), jnp.float32)
         if self.p_in_tmem:
             arrays["p"] = plgpu.TMEM((self.rows, BLOCK), jnp.bfloat16, packed=True)
@@ -162,7 +168,6 @@ def _stage(count):
 
 def _products(*, shape, design, part, inputs, refs, bars, ops):
     """One thread: S = Q K^T and O += P V of every block, as commands to the tensor core."""
-    plgpu.set_max_registers(PRODUCT_REGISTERS, action="decrease")
 
     def scores(stage):
         plgpu.barrier_wait(bars["free_scores"])
@@ -179,7 +184,7 @@ def _products(*, shape, design, part, inputs, refs, bars, ops):
     def values(block, stage):
         plgpu.barrier_wait(bars["p"])
         for group in design.value_groups:
-            plgpu.tcgen05_mma(refs[f"out_{group}"], refs["p"], refs[group].at[stage], accumulate=block > 0)
+            plgpu.tcgen05_mma(refs[f"sum_{group}"], refs["p"], refs[group].at[stage], accumulate=block > 0)
             plgpu.tcgen05_commit_arrive(bars[f"free_{group}"].at[stage])
         plgpu.tcgen05_commit_arrive(bars["out"])
 
@@ -224,17 +229,25 @@ def _load_q(work, *, design, half, tile_index, inputs, refs):
     plgpu.commit_tmem()
 
 
+def _scale_rows(design, ops):
+    """(f32 [rows, columns], f32 [rows]) -> each row times its value."""
+    if design.rows == 64:
+        return ops.scale_rows
+    return lambda values, factor: values * rows_to_tile(factor, values.shape)
+
+
 def _output_parts(design, refs):
     """[(columns of the CTA's output, their array in TMEM)], as many columns as fit registers."""
     if design.rows == 64:
-        return [(i * HALF, refs[f"out_{group}"]) for i, group in enumerate(design.value_groups)]
-    out = refs["out_value"]
+        return [(i * HALF, refs[f"sum_{group}"]) for i, group in enumerate(design.value_groups)]
+    out = refs["sum_value"]
     return [(c, out.at[:, pl.ds(c, PART_COLUMNS)]) for c in range(0, HALF, PART_COLUMNS)]
 
 
 def _softmax_step(i, carry, *, work, count, design, config, tile_index, refs, bars, ops, scale2):
     """One block: scores -> P, with the running maximum and sum of each row."""
     maximum, total = carry  # [rows] each; the maximum is of base-2 scores
+    scale_rows = _scale_rows(design, ops)
     block, stage = work.first_block + i, _stage(count + i)
     room = work.room(block)  # its loads come back while the scores are computed
     plgpu.barrier_wait(bars["scores"])
@@ -266,7 +279,7 @@ def _softmax_step(i, carry, *, work, count, design, config, tile_index, refs, ba
         for _, out in _output_parts(design, refs):
             values = plgpu.async_load_tmem(out, layout=design.layout)  # f32 [rows, 256 or 64]
             plgpu.wait_load_tmem()
-            plgpu.async_store_tmem(out, values * rows_to_tile(rescale, values.shape))
+            plgpu.async_store_tmem(out, scale_rows(values, rescale))
         plgpu.commit_tmem()
 
     (plgpu.commit_tmem if design.p_in_tmem else plgpu.commit_smem)()
@@ -276,9 +289,9 @@ def _softmax_step(i, carry, *, work, count, design, config, tile_index, refs, ba
     return new_max, total
 
 
-def _store_result(maximum, total, *, work, design, half, tile_index, refs, outs):
+def _store_result(maximum, total, *, work, design, half, tile_index, refs, outs, ops):
     """Normalises, and writes the result of an unsplit item or the partial result of a piece."""
-    vectors = refs["vectors"]
+    vectors, scale_rows = refs["vectors"], _scale_rows(design, ops)
     is_empty = total == 0.0  # [rows]: no key was seen
     lse2 = maximum + jnp.log2(total)  # [rows]
     lse2 = jnp.where(is_empty, jnp.full_like(lse2, -jnp.inf), lse2)
@@ -294,7 +307,7 @@ def _store_result(maximum, total, *, work, design, half, tile_index, refs, outs)
         for column, out in _output_parts(design, refs):
             values = plgpu.async_load_tmem(out, layout=design.result_layout)
             plgpu.wait_load_tmem()
-            yield pl.ds(column, values.shape[1]), values * rows_to_tile(factor, values.shape)
+            yield pl.ds(column, values.shape[1]), scale_rows(values, factor)
 
     def store_lse(to, row):
         @pl.when(half == 0)
@@ -328,7 +341,6 @@ def _store_result(maximum, total, *, work, design, half, tile_index, refs, outs)
 
 def _softmax(*, shape, design, config, part, tile_index, half, inputs, outs, refs, bars, ops):
     """The warpgroup that does all arithmetic but the products."""
-    plgpu.set_max_registers(SOFTMAX_REGISTERS, action="increase")
     scale2 = inputs["sm_scale"][0] * mgpu.LOG2_E
     plgpu.barrier_arrive(bars["free_scores"])
     plgpu.barrier_arrive(bars["free_q"])
@@ -348,7 +360,7 @@ def _softmax(*, shape, design, config, part, tile_index, half, inputs, outs, ref
         maximum, total = lax.fori_loop(0, work.num_blocks, step, (maximum, total))
         plgpu.barrier_wait(bars["out"])
         _store_result(
-            maximum, total, work=work, design=design, half=half, tile_index=tile_index, refs=refs, outs=outs
+            maximum, total, work=work, design=design, half=half, tile_index=tile_index, refs=refs, outs=outs, ops=ops
         )
         plgpu.barrier_arrive(bars["free_q"])
         return count + work.num_blocks
@@ -361,7 +373,6 @@ def _softmax(*, shape, design, config, part, tile_index, half, inputs, outs, ref
 
 def _producer(*, shape, design, part, tile_index, half, inputs, refs, bars, ops):
     """Fetches Q once a piece, and the groups of each block as their places become free."""
-    plgpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
 
     def fetch(group, width, work, block, stage):
         plgpu.barrier_wait(bars[f"free_{group}"].at[stage])
@@ -425,9 +436,20 @@ def _kernel_body(inputs, outs, *, shape, design, config, ops, **scratch):
     }  # fmt: skip
     place = {"tile_index": lax.axis_index("tile"), "half": lax.axis_index("half"), "ops": ops}
     group = lax.axis_index("warpgroup")
-    pl.when(group == 0)(lambda: _softmax(config=config, outs=outs, **place, **common))
-    pl.when(group == 1)(lambda: _products(ops=ops, **common))
-    pl.when(group == 2)(lambda: _producer(**place, **common))
+    roles = (
+        functools.partial(_softmax, config=config, outs=outs, **place, **common),
+        functools.partial(_products, ops=ops, **common),
+        functools.partial(_producer, **place, **common),
+    )
+
+    def play(role, registers):
+        if registers != LAUNCHED_REGISTERS:
+            grows = registers > LAUNCHED_REGISTERS
+            plgpu.set_max_registers(registers, action="increase" if grows else "decrease")
+        role()
+
+    for number, (role, registers) in enumerate(zip(roles, REGISTERS[design.rows], strict=True)):
+        pl.when(group == number)(functools.partial(play, role, registers))
 
 
 def dense_decode(

@@ -14,6 +14,7 @@ import pytest
 from mla_jax.bench import model
 from pallas_kernels import aot, dense_decode, mgpu, sparse_decode
 from pallas_kernels.dense_decode import DenseConfig, sm90
+from pallas_kernels.dense_decode import sm100 as dense_sm100
 from tests import compiling
 
 
@@ -45,8 +46,11 @@ def test_sm100_instructions_are_the_intended_ones():
     found = compiling.reports("sm_103a", "dense", "dense-h3").values()
     (wide, narrow) = (report for kernels in found for report in kernels if report.kernel == "mla_dense_decode")
     for report in (wide, narrow):
-        # A dozen loop bounds and addresses may be spilled, but no tile.
-        assert "HGMMA" not in report.counts and report.counts["LDTM"] > 0 and report.spill_store_bytes <= 64
+        assert "HGMMA" not in report.counts and report.counts["LDTM"] > 0
+        # Addresses alone. (128 rows: an address of tensor memory with jax 0.12, none with 0.11.2.)
+        assert report.spill_store_bytes <= (4 if report is wide else 32)
+        for loop in report.loops[:3]:  # over blocks
+            assert loop.counts.get("LDL", 0) + loop.counts.get("STL", 0) <= (1 if report is wide else 2)
     # 128 rows: the first scores (36 products of 16 columns), the next ones, and the values' 4.
     assert wide.counts["UTCHMMA"] == 36 + 36 + 4 and wide.tmem_columns == 512
     # 64 rows: every product is two, one for each half of the lanes; the values are two groups.
@@ -55,6 +59,11 @@ def test_sm100_instructions_are_the_intended_ones():
     assert loop_instructions(wide) == pytest.approx(model.INSTRUCTIONS["sm100, 128 rows"], rel=0.2)
     assert loop_instructions(narrow) == pytest.approx(model.INSTRUCTIONS["sm100, 64 rows"], rel=0.2)
     assert wide.counts["UTMALDG"] == 1 + 3 and narrow.counts["UTMALDG"] == 2 + 3, "TMA loads: Q, and a block's columns"
+
+
+def test_sm100_registers_are_not_oversubscribed():
+    for registers in dense_sm100.REGISTERS.values():
+        assert sum(registers) <= mgpu.MAX_REGISTERS and all(24 <= r <= 240 and r % 8 == 0 for r in registers)
 
 
 SASS = """

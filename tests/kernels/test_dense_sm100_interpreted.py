@@ -98,10 +98,10 @@ STORE_P = """    if design.p_in_tmem:
 """
 PLANTED = {
     "a stage is given back before it is multiplied": (
-        '            plgpu.tcgen05_mma(refs[f"out_{group}"], refs["p"], refs[group].at[stage], accumulate=block > 0)\n'
+        '            plgpu.tcgen05_mma(refs[f"sum_{group}"], refs["p"], refs[group].at[stage], accumulate=block > 0)\n'
         '            plgpu.tcgen05_commit_arrive(bars[f"free_{group}"].at[stage])\n',
         '            plgpu.tcgen05_commit_arrive(bars[f"free_{group}"].at[stage])\n'
-        '            plgpu.tcgen05_mma(refs[f"out_{group}"], refs["p"], refs[group].at[stage], accumulate=block > 0)\n',
+        '            plgpu.tcgen05_mma(refs[f"sum_{group}"], refs["p"], refs[group].at[stage], accumulate=block > 0)\n',
     ),
     "P is not published to the products": (
         "    (plgpu.commit_tmem if design.p_in_tmem else plgpu.commit_smem)()\n",
