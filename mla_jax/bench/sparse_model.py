@@ -55,8 +55,8 @@ INSTRUCTIONS = {
     ("sm90", "V32"): Instructions(564, 212, 918, 204),
     ("sm90", "MODEL1"): Instructions(549, 204, 871, 228),
     # Loops of copies and products hold code for both stages, of which a block runs half.
-    ("sm100", "V32"): Instructions(363, 1143 // 2, 913, 851 // 2),
-    ("sm100", "MODEL1"): Instructions(393, 721 // 2, 862, 828 // 2),
+    ("sm100", "V32"): Instructions(488, 1134 // 2, 911, 632 // 2),
+    ("sm100", "MODEL1"): Instructions(493, 865 // 2, 859, 838 // 2),
     ("sm100, 128 heads", "V32"): Instructions(448, 399 // 2, 911, 655 // 2),
     ("sm100, 128 heads", "MODEL1"): Instructions(446, 396 // 2, 869, 902 // 2),
 }

@@ -65,12 +65,10 @@ class SparseConfigSm100:
       rescale_threshold: by how much a row's maximum score, as a base-2 logarithm, may grow before O is rescaled.
         Probabilities are then at most 2 to that power, which changes nothing but the last bits of float32 sums.
       tile_heads: query heads of one CTA, 64, or of two, 128 (sm100_pair.py).
-      redistribute: whether warpgroups of tiles of 64 heads pass registers to each other (setmaxnreg); pairs always do.
     """
 
     rescale_threshold: float = 8.0
     tile_heads: int = TILE_HEADS
-    redistribute: bool = False
 
     def __post_init__(self) -> None:
         if self.tile_heads not in (TILE_HEADS, PAIR_HEADS):
@@ -81,12 +79,8 @@ class SparseConfigSm100:
 
 def sm100_heuristic(fmt: KVFormat, num_heads: int, extra_fmt: KVFormat | None = None) -> SparseConfigSm100:
     """Tiles of 128 heads where they are as many CTAs as tiles of 64, for which plans are made."""
-    # With setmaxnreg, ptxas makes 14 stack accesses a block instead of 49 (BF16_512), 27 instead of 79 (BF16_576 with
-    # V32), but 19 instead of 1 (V32) and 28 instead of none (MODEL1 with BF16_512).
-    return SparseConfigSm100(
-        tile_heads=TILE_HEADS if -(-num_heads // TILE_HEADS) % 2 else PAIR_HEADS,
-        redistribute=not fmt.is_quantized,
-    )
+    del fmt
+    return SparseConfigSm100(tile_heads=TILE_HEADS if -(-num_heads // TILE_HEADS) % 2 else PAIR_HEADS)
 
 
 @dataclasses.dataclass(frozen=True)

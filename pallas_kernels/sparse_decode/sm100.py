@@ -63,7 +63,10 @@ from pallas_kernels.sparse_decode.work import LOWEST, each_block, final_factor, 
 SOFTMAX, KEY, COPY, MULTIPLY = range(4)  # warpgroups
 SCORES, VALUES = range(2)  # warps of the last one
 WGMMA_COLUMN = WGMMA.reduce(0)  # a product of 64 rows lies in registers as a wgmma's does
-REGISTERS = (200, 128, 96, 88)  # a thread, of each, if they are redistributed
+# A thread, of each. What several warpgroups use (addresses) must lie in registers that each of them has, and softmax
+# has few of those left beside a part of O: with fewer for the last two, ptxas keeps addresses on the stack
+# (docs/log.md).
+REGISTERS = (160, 128, 112, 112)
 ACC_COLUMNS = 128  # of one accumulator at most: 64 registers a thread when it is rescaled
 
 
@@ -110,17 +113,16 @@ def _row_vector(value):
     return plgpu.layout_cast(jnp.full((TILE_HEADS,), value, jnp.float32), WGMMA_ROW)
 
 
-def _rescale(o, factor):
+def _rescale(o, factor, ops):
     """O *= factor [64], in tensor memory."""
     for o_ref in o:
         x = plgpu.async_load_tmem(o_ref, layout=WGMMA)
         plgpu.wait_load_tmem()
-        plgpu.async_store_tmem(o_ref, x * rows_to_tile(factor, x.shape))
+        plgpu.async_store_tmem(o_ref, ops.scale_rows(x, factor))
 
 
 def _softmax_warpgroup(call, *, p, rows, s, o, s_ready, s_free, p_ready, pv_done):
     """Softmax, the upkeep of O, and results."""
-    tile = lax.axis_index("tile")
     scale2 = call.scale[0] * mgpu.LOG2_E
     plgpu.barrier_arrive(s_free)
 
@@ -143,7 +145,7 @@ def _softmax_warpgroup(call, *, p, rows, s, o, s_ready, s_free, p_ready, pv_done
         @pl.when(i > 0)
         def _():
             plgpu.barrier_wait(pv_done)  # of the block before: P has been read, O is whole
-            pl.when(grown)(lambda: _rescale(o, rescale))
+            pl.when(grown)(lambda: _rescale(o, rescale, call.ops))
 
         p[...] = probabilities
         call.ops.publish_smem()
@@ -151,10 +153,15 @@ def _softmax_warpgroup(call, *, p, rows, s, o, s_ready, s_free, p_ready, pv_done
         plgpu.barrier_arrive(p_ready)
         return new_top, total
 
+    def this_tile(index):
+        # Else the addresses of a thread's results would be computed before all pieces, and spilled.
+        return lax.axis_index("tile") + mgpu.opaque_zero(index)
+
     def attend(index, this, first_block):
         item, _, count, _, siblings = this
         carry = _row_vector(LOWEST), _row_vector(0)
         top, total = lax.fori_loop(0, count, functools.partial(block, first_block=first_block), carry)
+        tile = this_tile(index)
         factor, lse2 = final_factor(top, total, call.sink, siblings, tile)
         call.results.store_lse(lse2, index, item, siblings, tile)
         plgpu.barrier_wait(pv_done)
@@ -172,13 +179,14 @@ def _softmax_warpgroup(call, *, p, rows, s, o, s_ready, s_free, p_ready, pv_done
 
         @pl.when(count == 0)
         def _none():
+            tile = this_tile(index)
             nothing = [plgpu.layout_cast(jnp.zeros(o_ref.shape, jnp.float32), WGMMA) for o_ref in o]
             call.results.store(nothing, index, item, siblings, tile, 0)
             call.results.store_lse(_row_vector(-jnp.inf), index, item, siblings, tile)
 
         return first_block + count
 
-    pieces_of_part(call.parts, call.pieces, call.lengths, piece)
+    pieces_of_part(call.parts, call.pieces, call.lengths, piece, ahead=False)
 
 
 def _multiply_warpgroup(call, *, q, stages, p, s, o, full, empty, s_ready, s_free, p_ready, pv_done, q_ready,
@@ -216,7 +224,7 @@ def _multiply_warpgroup(call, *, q, stages, p, s, o, full, empty, s_ready, s_fre
 
             return first_block + count
 
-        pieces_of_part(call.parts, call.pieces, call.lengths, piece)
+        pieces_of_part(call.parts, call.pieces, call.lengths, piece, ahead=False)
         plgpu.barrier_wait(s_free)  # drains it
 
     def values():
@@ -242,7 +250,7 @@ def _multiply_warpgroup(call, *, q, stages, p, s, o, full, empty, s_ready, s_fre
             lax.fori_loop(0, count, functools.partial(block, first_block=first_block), jnp.int32(0))
             return first_block + count
 
-        pieces_of_part(call.parts, call.pieces, call.lengths, piece)
+        pieces_of_part(call.parts, call.pieces, call.lengths, piece, ahead=False)
 
     @plgpu.warp_map
     def _(warp):
@@ -266,7 +274,7 @@ def _key_warpgroup(call, *, stages, rows, landed, full):
         plgpu.barrier_arrive(full.at[number])
         return following
 
-    each_block(call.parts, call.pieces, call.lengths, call.scopes, load, block)
+    each_block(call.parts, call.pieces, call.lengths, call.scopes, load, block, ahead=False)
 
 
 def _copy_warpgroup(call, *, stages, landed, empty):
@@ -305,8 +313,7 @@ def _run(call, **scratch):
     }
 
     def play(number, role, names):
-        if call.config.redistribute:
-            gather.set_registers(REGISTERS[number])
+        gather.set_registers(REGISTERS[number])
         role(call, **{name: scratch[name] for name in names.split()})
 
     for number, (role, names) in roles.items():

@@ -42,7 +42,7 @@ from pallas_kernels.sparse_decode.gather import for_stage
 from pallas_kernels.sparse_decode.work import LOWEST, final_factor, pieces_of_part
 
 SCORES, VALUES = range(2)  # warps of the multiplying warpgroup
-# A thread, of the four warpgroups; with 128 for all ptxas spills 116 bytes instead of 4 (V32).
+# A thread, of the four warpgroups; with 128 for all ptxas spills more than 100 bytes (V32).
 REGISTERS = (208, 128, 88, 88)
 NATIVE = plgpu.Layout.TCGEN05_TMEM_NATIVE  # one row of 128 a thread
 NATIVE_ROW, NATIVE_COLUMN = NATIVE.reduce(1), NATIVE.reduce(0)
@@ -79,13 +79,15 @@ def scratch_types(fmt: KVFormat) -> dict[str, Any]:
     def tmem(columns, dtype=jnp.float32):
         return plgpu.TMEM((PAIR_HEADS, columns), dtype, packed=True if dtype == jnp.bfloat16 else None)
 
+    p, o = tmem(BLOCK_TOKENS, jnp.bfloat16), [tmem(columns) for _, _, columns in half_groups(fmt, 0)]
     return dict(
+        # In this order in tensor memory, before the others. What lies first needs no address of its own, which ptxas
+        # keeps on the stack: V32 has none with P first, BF16 with V32 fewer with O first (docs/log.md).
+        o_and_p=[p, o] if fmt.is_quantized else [o, p],
         q=mgpu.tile((PAIR_HEADS, fmt.d_v // 2), swizzle_bytes=gather.KEY_TILE_BYTES),
         stages=gather.stage_types(fmt),
         rows=plgpu.SMEM((STAGES, BLOCK_TOKENS), jnp.float32),  # 0 for a key, -inf for none
         s=tmem(BLOCK_TOKENS),
-        p=tmem(BLOCK_TOKENS, jnp.bfloat16),
-        o=[tmem(columns) for _, _, columns in half_groups(fmt, 0)],
         q_others=[tmem(columns, jnp.bfloat16) for _, _, columns in other_groups(fmt, 0)],
         landed=barrier(num_arrivals=2, num_barriers=STAGES),
         full=barrier(num_barriers=STAGES),
@@ -300,6 +302,8 @@ def _multiply_warpgroup(
 def run(call, key_warpgroup: Callable[..., None], copy_warpgroup: Callable[..., None], **scratch) -> None:
     """One CTA: four warpgroups, in the order of sm100.py, of which it brings two."""
     scratch["stages"] = gather.stages(scratch["stages"])
+    o_and_p = scratch.pop("o_and_p")
+    scratch["p"], scratch["o"] = o_and_p if call.fmt.is_quantized else o_and_p[::-1]
     wg = lax.axis_index("wg")
     softmax = "rows s p o q_others s_ready s_free p_ready pv_done q_tmem"
     multiply = "q stages s p o q_others full empty s_ready s_free p_ready pv_done q_ready q_free q_tmem"

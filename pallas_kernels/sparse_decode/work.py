@@ -52,12 +52,16 @@ def piece_at(index, pieces, lengths):
     return item, begin, jnp.maximum(end - begin, 0), blocks[0], siblings
 
 
-def pieces_of_part(parts, pieces, lengths, run):
+def pieces_of_part(parts, pieces, lengths, run, ahead=True):
     """Folds `run(piece index, piece, next piece, first block) -> next first block` over the calling CTA's pieces, where
-    blocks are numbered through the CTA. The next piece's numbers are loaded one piece ahead; the last one has none."""
+    blocks are numbered through the CTA. The next piece's numbers are loaded one piece ahead; the last one has none.
+    Without `ahead` a piece's are loaded when it begins, no registers hold the next one's, and it is None."""
     part = lax.axis_index("part")
     begin, end = parts[part], parts[part + 1]
     load = functools.partial(piece_at, pieces=pieces, lengths=lengths)
+    if not ahead:
+        lax.fori_loop(begin, end, lambda index, first: run(index, load(index), None, first), jnp.int32(0))
+        return
     last = jnp.maximum(end - 1, begin)
 
     def step(index, carry):
@@ -68,9 +72,10 @@ def pieces_of_part(parts, pieces, lengths, run):
     lax.fori_loop(begin, end, step, (load(begin), jnp.int32(0)))
 
 
-def each_block(parts, pieces, lengths, scopes, prepare, run):
+def each_block(parts, pieces, lengths, scopes, prepare, run, ahead=True):
     """Calls run(scope number, item, block of the scope, number of the block in the CTA, what `prepare` or the last call
-    returned) for every block of every piece; prepare(scope number, item, block) before the first of each scope."""
+    returned) for every block of every piece; prepare(scope number, item, block) before the first of each scope.
+    `ahead` as in `pieces_of_part`."""
 
     def piece(index, this, following, first_block):
         del index, following
@@ -89,7 +94,7 @@ def each_block(parts, pieces, lengths, scopes, prepare, run):
 
         return first_block + count
 
-    pieces_of_part(parts, pieces, lengths, piece)
+    pieces_of_part(parts, pieces, lengths, piece, ahead)
 
 
 def final_factor(top, total, sink, siblings, tile, layout=mgpu.WGMMA_ROW):

@@ -21,8 +21,10 @@ FORMATS = {
     "sparse-model1-bf16-h1": (mla_jax.MODEL1, mla_jax.BF16_512),
     "sparse-bf16-h64": (mla_jax.BF16_512, None),
 }
-# Stack accesses a round of a hot loop, by heads of a tile: addresses, mostly, which ptxas loads again every block.
-MAX_STACK_ACCESSES = {64: 12, 128: 3}
+# Bytes a thread that ptxas spills, and stack accesses a round of a hot loop: none but these.
+SPILLS = {"sparse-bf16-v32-h96": (4, 1)}
+if jax.__version_info__ >= (0, 12):
+    SPILLS["sparse-model1-bf16-h1"] = (176, 23)
 
 
 def gathers(fmt) -> int:
@@ -63,10 +65,10 @@ def test_compiles_well(arch, names):
         assert counts["UTMALDG"] == counts["GATHER4"] + halves  # and Q
         hot = [loop.counts for loop in report.loops if any(loop.counts.get(op) for op in HOT)]
         assert len(hot) >= 5, name
-        for loop in hot[:-1]:  # the last one is about pieces, not blocks
-            assert loop.get("LDL", 0) + loop.get("STL", 0) <= MAX_STACK_ACCESSES[tile_heads], (name, loop)
-            if any(loop.get(op) for op in ("UTCHMMA", "GATHER4", "FMUL")):  # products, copies, dequantisation
-                assert loop.get("STL", 0) == 0, (name, loop)
+        spilled, accesses = SPILLS.get(name, (0, 0))
+        assert report.spill_store_bytes <= spilled, name
+        for loop in hot:
+            assert loop.get("LDL", 0) + loop.get("STL", 0) <= accesses, (name, loop)
         design = "sm100" if tile_heads == 64 else "sm100, 128 heads"
         if (counted := INSTRUCTIONS.get((design, fmt.name))) is not None:  # of the model of performance
             for what, (op, stages) in LOOPS.items():
