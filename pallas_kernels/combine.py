@@ -136,7 +136,7 @@ def _merge_rows(
 
             @pl.when(first_row + r < num_rows)
             def _(row=rows[r], acc=acc, total=total, top=top):
-                has_keys = total > 0
+                has_keys = total != 0  # NaN counts as a key
                 factor = jnp.where(has_keys, 1.0 / total, 0.0)
                 lse2 = jnp.where(has_keys, top + jnp.log2(total), -jnp.inf)
                 if attn_sink is not None:

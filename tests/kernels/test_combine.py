@@ -20,11 +20,11 @@ def expected(partial_out, partial_lse2, splits, sink):
         total = weight.sum(0)  # [rows]
         out = (weight[..., None] * partial_out[first:behind]).sum(0) / np.where(total, total, 1)[:, None]
         with np.errstate(divide="ignore"):
-            lse = np.where(total > 0, (np.maximum(lse2.max(0), -1e30) + np.log2(total)) * np.log(2), -np.inf)
+            lse = np.where(total != 0, (np.maximum(lse2.max(0), -1e30) + np.log2(total)) * np.log(2), -np.inf)
         if sink is not None:
             with np.errstate(over="ignore", invalid="ignore"):
                 factor = 1 / (1 + np.exp(np.resize(sink, lse.shape).astype(np.float64) - lse))
-            out = np.where(total > 0, factor, 0)[:, None] * out
+            out = np.where(total != 0, factor, 0)[:, None] * out
         outs.append(out)
         lses.append(lse)
     return np.stack(outs), np.stack(lses)
@@ -41,6 +41,7 @@ def test_merge(rows_per_cta, with_sink):
     partial_out[1:4, 1] = 0
     partial_lse2[2, 0] = -np.inf  # a piece without keys
     partial_out[2, 0] = 0
+    partial_out[10, 2], partial_lse2[10, 2] = np.nan, np.nan  # a piece with a key that is NaN
     partial_out[22:], partial_lse2[22:] = np.nan, np.nan  # places that no piece owns
     sink = np.array([0.5, -np.inf, np.inf], np.float32) if with_sink else None
     # Padded rows in one of the two: there the other says how many count.
