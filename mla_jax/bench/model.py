@@ -196,9 +196,9 @@ def plan(num_blocks: tuple[int, ...], num_parts: int) -> tuple[np.ndarray, np.nd
     return np.asarray(parts), np.asarray(pieces), np.asarray(splits)
 
 
-def busiest(cost: np.ndarray, parts: np.ndarray) -> int:
+def busiest(cost: np.ndarray, parts: np.ndarray) -> float:
     """The highest sum of the pieces' cost [pieces] that a part has."""
-    return max(int(cost[first:last].sum()) for first, last in itertools.pairwise(parts))
+    return max(cost[first:last].sum().item() for first, last in itertools.pairwise(parts))
 
 
 def cut_pieces(splits: np.ndarray) -> int:

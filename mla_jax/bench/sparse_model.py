@@ -1,19 +1,21 @@
 """What a sparse decode should take: the model of `model.py` for kernels that gather and dequantise.
 
-    time = max(busiest CTA's (blocks + STAGES * runs) * cycles a block / clock, cache bytes / (memory rate * MEMORY))
-           + launches, and if items are split: + partial results' bytes / (memory rate * MEMORY)
+    time = max(busiest CTA's (blocks * cycles a block + runs * cycles a stage is taken) / clock,
+               cache bytes / (memory rate * MEMORY))
+           + START_US + launches, and if items are split: + partial results' bytes / (memory rate * MEMORY)
 
-    cycles a block = max(busiest unit's cycles / SCHEDULE, cycles a stage is taken / STAGES)
+    cycles a block = max(busiest unit's cycles / SCHEDULE, cycles a stage is taken / stages)
 
-A *run* is what a piece has of one scope: it begins with an empty pipeline, which takes as long as all stages to fill
-and to drain.
+A *run* is what a piece has of one scope: it begins with an empty pipeline, which takes as long as one stage to fill and
+to drain.
 
 The second term of the maximum is what the dense kernels do not have. A block's rows come, are dequantised, scored,
-passed through softmax and multiplied one after the other, all in one stage of shared memory; there is room for two. So
-a block cannot take less than half of the sum of those phases, however little each unit has to do. The phases follow
-from the shapes and from the machine code; what remains, the time from asking for 64 scattered rows to having them, and
-the handoffs, is `WAIT_US`: the one number that was fitted, on one case (tests/bench/test_sparse_model.py compares all
-others). For SM100 it is assumed to be what it is on SM90; nothing was measured there.
+passed through softmax and multiplied one after the other, all in one stage of shared memory; there is room for two, or
+three. So a block cannot take less than half of the sum of those phases, however little each unit has to do. The phases
+follow from the shapes and from the machine code; what remains, the time from asking for 64 scattered rows to having
+them, and the handoffs, is `WAIT_US`, and what a call takes before its first block `START_US`: the two numbers that were
+fitted, on a case each (tests/bench/test_sparse_model.py compares all others). For SM100 they are assumed to be what they
+are on SM90; nothing was measured there.
 """
 
 from __future__ import annotations
@@ -27,10 +29,12 @@ from mla_jax.bench.model import KERNEL_US, MEMORY, SCHEDULE, Gpu, Prediction
 from mla_jax.bench.workloads import Sparse
 from pallas_kernels import schedule
 from pallas_kernels.formats import KVFormat
-from pallas_kernels.sparse_decode import gather
-from pallas_kernels.sparse_decode.config import BLOCK_TOKENS, STAGES, TILE_HEADS, Scope, sm100_heuristic
+from pallas_kernels.sparse_decode import gather, sm90_few
+from pallas_kernels.sparse_decode.config import BLOCK_TOKENS, FEW_HEADS, STAGES, TILE_HEADS, Scope, sm100_heuristic
+from pallas_kernels.sparse_decode.dequant import SPARSE_HARDWARE
 
-WAIT_US = 3.266  # fitted: v32-b128-sq2-h128-topk2048, 398.5 us on an H200 (tests/bench/h200_times.jsonl)
+WAIT_US = 2.3899  # fitted: v32-b128-sq2-h128-topk2048 on an H200 (tests/bench/h200_times.jsonl)
+START_US = 2.378  # fitted: model1-c1-b2-sq2-h64
 # An empty kernel of a CUDA graph takes 0.8 to 1.1 us on an H100; the combine kernel KERNEL_US for 16384 rows.
 LAUNCH_US, COMBINE_ROWS = 1.0, 16384
 
@@ -54,6 +58,8 @@ class Instructions:
 INSTRUCTIONS = {
     ("sm90", "V32"): Instructions(564, 212, 918, 204),
     ("sm90", "MODEL1"): Instructions(549, 204, 871, 228),
+    ("sm90, few heads", "V32"): Instructions(403, 0, 477, 204),
+    ("sm90, few heads", "MODEL1"): Instructions(304, 0, 451, 228),
     # Loops of copies and products hold code for both stages, of which a block runs half.
     ("sm100", "V32"): Instructions(488, 1134 // 2, 911, 632 // 2),
     ("sm100", "MODEL1"): Instructions(493, 865 // 2, 859, 838 // 2),
@@ -70,6 +76,7 @@ class Block:
       heads: rows of query of a tile; `ctas` share it, each with the whole block.
       phases: cycles by name, one after the other.
       tensor_cycles, smem_bytes, issue_slots: as in `model.Block`.
+      stages: blocks that are under way at a time.
     """
 
     heads: int
@@ -78,6 +85,11 @@ class Block:
     tensor_cycles: float
     smem_bytes: float
     issue_slots: float
+    stages: int = STAGES
+
+    def stage_cycles(self, gpu: Gpu) -> float:
+        """How long a stage is taken."""
+        return sum(self.phases.values()) + WAIT_US * gpu.clock_ghz * 1e3
 
     def units(self, gpu: Gpu) -> dict[str, float]:
         """Cycles a block by unit."""
@@ -85,7 +97,7 @@ class Block:
             "tensor core": self.tensor_cycles / SCHEDULE,
             "shared memory": self.smem_bytes / gpu.smem_bytes / SCHEDULE,
             "instructions": self.issue_slots / SCHEDULE,
-            "stages": (sum(self.phases.values()) + WAIT_US * gpu.clock_ghz * 1e3) / STAGES,
+            "stages": self.stage_cycles(gpu) / self.stages,
         }
 
 
@@ -116,6 +128,19 @@ def sm90_block(fmt: KVFormat) -> Block:
     )  # fmt: skip
 
 
+def sm90_few_block(fmt: KVFormat, heads: int) -> Block:
+    """`sparse_decode/sm90_few.py`: keys are rows of both products, so Q and P cost next to nothing."""
+    scores = (BLOCK_TOKENS + heads) * fmt.d_qk * 2
+    values = BLOCK_TOKENS * fmt.d_v * 2
+    p = 2 * BLOCK_TOKENS * heads * 2
+    block = _block(
+        heads, 1, fmt, model.H200, INSTRUCTIONS["sm90, few heads", fmt.name], model.H200.tensor_flop, scores, values, p,
+        Scope(fmt, 1, 1, 1).row_bytes,
+    )  # fmt: skip
+    stages = sm90_few.scratch_types(fmt, heads, SPARSE_HARDWARE)["kv"].shape[0]
+    return dataclasses.replace(block, stages=stages)
+
+
 def sm100_block(fmt: KVFormat, heads: int = TILE_HEADS) -> Block:
     """`sparse_decode/sm100.py`: 64 heads. With 128, `sm100_pair.py`: two CTAs, more than half of Q, and P, in TMEM."""
     raw_row_bytes = gather.raw_row_bytes(fmt) + 2 * fmt.d_rope
@@ -134,6 +159,8 @@ def sm100_block(fmt: KVFormat, heads: int = TILE_HEADS) -> Block:
 
 def block_of(workload: Sparse, gpu: Gpu) -> Block:
     """What the kernel that dispatch would pick spends on a block."""
+    if gpu.major == 9 and workload.h <= FEW_HEADS:
+        return sm90_few_block(workload.fmt, -(-workload.h // 8) * 8)
     if gpu.major == 9:
         return sm90_block(workload.fmt)
     return sm100_block(workload.fmt, sm100_heuristic(workload.fmt, workload.h).tile_heads)
@@ -148,9 +175,10 @@ def predict(workload: Sparse, gpu: Gpu, block: Block | None = None) -> Predictio
       block: another design than that of the kernel that ships.
     """
     block = block or block_of(workload, gpu)
-    blocks, split_pieces = busiest_part(workload, gpu.num_sms)
+    units = block.units(gpu)
+    blocks, split_pieces = busiest_part(workload, gpu.num_sms, block.stage_cycles(gpu) / max(units.values()))
     clock_us = gpu.clock_ghz * 1e3  # cycles a microsecond
-    units_us = {unit: blocks * cycles / clock_us for unit, cycles in block.units(gpu).items()}
+    units_us = {unit: blocks * cycles / clock_us for unit, cycles in units.items()}
     units_us["memory"] = workload.bytes_moved / (gpu.memory_tb_s * 1e6 * MEMORY)
     bottleneck = max(units_us, key=lambda unit: units_us[unit])
     rows = workload.b * workload.s_q * workload.h
@@ -159,12 +187,12 @@ def predict(workload: Sparse, gpu: Gpu, block: Block | None = None) -> Predictio
     combine_us += partial_bytes / (gpu.memory_tb_s * 1e6 * MEMORY)
     # Lengths of requests become those of query rows in a kernel of its own.
     spread = workload.extra is not None and workload.extra.varlen and workload.s_q > 1
-    us = units_us[bottleneck] + LAUNCH_US * (2 if spread else 1) + combine_us
+    us = START_US + units_us[bottleneck] + LAUNCH_US * (2 if spread else 1) + combine_us
     return Prediction(us, units_us, bottleneck, combine_us)
 
 
-def busiest_part(workload: Sparse, num_sms: int) -> tuple[int, int]:
-    """Blocks of the part that has most, `STAGES` more for each run counted in, and pieces of items that are cut."""
+def busiest_part(workload: Sparse, num_sms: int, per_run: float = STAGES) -> tuple[float, int]:
+    """Blocks of the part that has most, `per_run` more for each run counted in, and pieces of items that are cut."""
     scopes = [scope for scope in (workload.main, workload.extra) if scope is not None]
     # [scopes, b * s_q]
     num_blocks = np.array([np.repeat(-(-scope.lengths(workload.b) // BLOCK_TOKENS), workload.s_q) for scope in scopes])
@@ -175,4 +203,4 @@ def busiest_part(workload: Sparse, num_sms: int) -> tuple[int, int]:
     main, total = num_blocks[0, pieces[:, 0]], num_blocks.sum(axis=0)[pieces[:, 0]]  # [pieces] each
     begin, end = pieces[:, 1], np.minimum(pieces[:, 2], total)  # [pieces] each
     runs = (begin < np.minimum(end, main)).astype(int) + (np.maximum(begin, main) < end)  # [pieces]
-    return model.busiest(end - begin + STAGES * runs, parts), model.cut_pieces(splits)
+    return model.busiest(end - begin + per_run * runs, parts), model.cut_pieces(splits)

@@ -3,7 +3,7 @@
     S = scale * Q K^T    P = softmax(S)    O = P V    with K [keys, d_qk] gathered and dequantised, V = K[:, :d_v]
 
 One CTA works on one tile of 64 heads of the items (query rows) of its part; docs/sparse-decode.md explains the choice
-and has the budget. Up to 32 heads have a kernel of their own, sm90_few.py. Four warpgroups:
+and has the budget. Up to 16 heads have a kernel of their own, sm90_few.py. Four warpgroups:
 
     copy     row indices -> raw rows in shared memory, as soon as a stage is free           (dequant.py)
     gather   raw rows -> bf16 keys in their place; two stages of 64 keys                    (dequant.py)
@@ -359,7 +359,7 @@ def _run(call, *, q, kv, p, rows, q_ready, full, empty, p_ready, p_free, copies_
 
 
 def _run_few(call, **scratch):
-    """One CTA for all of at most 32 heads."""
+    """One CTA for all of at most `FEW_HEADS` heads."""
     sm90_few.run(call, set_registers, gather_warpgroup, copy_warpgroup, **scratch)
 
 

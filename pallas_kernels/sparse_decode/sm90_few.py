@@ -1,4 +1,4 @@
-"""Sparse MLA decode on SM90 for 32 heads or fewer: keys are the rows of both products, heads the columns.
+"""Sparse MLA decode on SM90 for 16 heads or fewer: keys are the rows of both products, heads the columns.
 
     S^T = scale * K Q^T    P^T = softmax(S^T)    O^T = V^T P^T    with K [keys, d_qk], V = K[:, :d_v]
 
