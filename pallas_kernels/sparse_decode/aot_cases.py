@@ -23,9 +23,18 @@ def configurations(arch: str) -> dict[str, tuple[Callable, tuple[Any, ...]]]:
     if capability(arch)[0] not in sparse_decode.MODULES:
         return {}
     _case = functools.partial(_call, capability(arch))
-    # SM100 has a kernel of its own for 128 heads.
-    both_tiles = {"sparse-v32-h64": _case(V32, None, 64), "sparse-model1-model1-h128": _case(MODEL1, MODEL1, 128)}
-    return (both_tiles if capability(arch)[0] == 10 else {}) | {
+    # SM100 has a kernel of its own for 128 heads, SM90 for 16 and fewer.
+    own = {
+        10: {"sparse-v32-h64": _case(V32, None, 64), "sparse-model1-model1-h128": _case(MODEL1, MODEL1, 128)},
+        9: {
+            "sparse-v32-h8": _case(V32, None, 8),
+            "sparse-model1-h16": _case(MODEL1, None, 16),
+            "sparse-bf16-v32-h3": _case(BF16_576, V32, 3),
+            "sparse-v32-bf16-h64": _case(V32, BF16_576, 64),
+            "sparse-model1-bf16-h64": _case(MODEL1, BF16_512, 64),
+        },
+    }
+    return own[capability(arch)[0]] | {
         "sparse-v32-h128": _case(V32, None, 128),
         "sparse-model1-model1-h64": _case(MODEL1, MODEL1, 64),
         "sparse-v32-bf16-h16": _case(V32, BF16_576, 16),

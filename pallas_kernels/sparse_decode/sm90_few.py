@@ -61,7 +61,7 @@ from pallas_kernels.sparse_decode.lanes import (
 from pallas_kernels.sparse_decode.work import LOWEST, final_factor, piece_at, pieces_of_part
 
 ATTEND, GATHER_0, GATHER_1, COPY = range(4)  # warpgroups
-REGISTERS = (184, 144, 144, 40)  # a thread of each; with these ptxas spills in no loop
+REGISTERS = (176, 144, 144, 48)  # a thread of each: with jax 0.11.2 and 0.12, ptxas spills in no loop over blocks
 MORE_STAGES = 3  # where they fit
 WARPS = 4
 EXCHANGE_BYTES = WARPS * FEW_HEADS * 4  # of `rows`: one float32 a warp and head

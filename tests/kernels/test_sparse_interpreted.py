@@ -1,11 +1,13 @@
-"""The SM90 sparse kernel on Pallas' interpreter: results, and the order of every shared-memory access.
+"""The SM90 sparse kernels on Pallas' interpreter: results, and the order of every shared-memory access.
 
-The kernel is the shipped one; `dequant.SparseInterpreted` and `mgpu.Interpreted` list what stands in for PTX. Each
-interpreted CTA takes seconds, so the cases are few and small.
+The kernels are the shipped ones; `dequant.SparseInterpreted`, `sm90_few.FewInterpreted` and `mgpu.Interpreted` list
+what stands in for PTX. A warpgroup is one thread here: what its warps tell each other (`over_keys` and the weights of
+sm90_few.py) is seen on a GPU only. Each interpreted CTA takes seconds, so the cases are few and small.
 """
 
 import inspect
 import types
+from unittest import mock
 
 import jax.numpy as jnp
 import numpy as np
@@ -14,7 +16,7 @@ import pytest
 import mla_jax
 from mla_jax import reference
 from pallas_kernels import schedule
-from pallas_kernels.sparse_decode import sm90
+from pallas_kernels.sparse_decode import config, sm90, sm90_few
 from tests import golden_files, samples
 from tests.kernels import interpreter
 
@@ -25,6 +27,7 @@ PAIRS = [
     (mla_jax.MODEL1, mla_jax.BF16_512),
     (mla_jax.BF16_512, mla_jax.MODEL1),
 ]
+FEW, MANY = 8, config.FEW_HEADS + 1  # heads: of sm90_few.py, and of sm90.py
 FEW_SMS = 3  # parts of several pieces, items of several pieces
 
 
@@ -103,22 +106,50 @@ def test_golden(name):
     np.testing.assert_allclose(golden_files.flash_lse(lse), want_lse, rtol=1e-5, atol=1e-5)
 
 
-def test_many_blocks_one_item_in_pieces():
+@pytest.mark.parametrize("h", [FEW, MANY])
+def test_many_blocks_one_item_in_pieces(h):
     """Stages are reused, and the combine kernel merges."""
-    check(every_index(mla_jax.MODEL1, h=8, topk=470))
+    check(every_index(mla_jax.MODEL1, h=h, topk=470))
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("h", [FEW, MANY])
 @pytest.mark.parametrize("fmt, extra_fmt", PAIRS)
-def test_pairs_of_formats(fmt, extra_fmt):
-    check(samples.sparse_call(np.random.default_rng(1), fmt, extra_fmt, b=2, s_q=1, topk=75, extra_topk=70))
+def test_pairs_of_formats(fmt, extra_fmt, h):
+    check(samples.sparse_call(np.random.default_rng(1), fmt, extra_fmt, b=2, s_q=1, h=h, topk=75, extra_topk=70))
 
 
-def test_plain_and_quantized_blocks_take_turns_in_a_stage():
+@pytest.mark.slow
+@pytest.mark.parametrize("fmt, stages", [(mla_jax.V32, 2), (mla_jax.MODEL1, 3)])
+@pytest.mark.parametrize("h", [1, 8, 9, 16])
+def test_few_heads(fmt, stages, h):
+    """Every number of columns, the padded ones too; MODEL1 has three stages."""
+    columns = -(-h // 8) * 8
+    scratch = sm90_few.scratch_types(fmt, columns, sm90_few.FEW_INTERPRETED)
+    assert scratch["q"].shape == (1, columns, fmt.d_qk)
+    assert scratch["kv"].shape[0] == stages
+    check(samples.sparse_call(np.random.default_rng(h), fmt, b=2, s_q=2, h=h, topk=300))
+
+
+@pytest.mark.parametrize("h", [FEW, pytest.param(MANY, marks=pytest.mark.slow)])
+def test_plain_and_quantized_blocks_take_turns_in_a_stage(h):
     """One CTA for all items: every block counts as one use of its stage, whoever copies it."""
     rng = np.random.default_rng(1)
-    call = samples.sparse_call(rng, mla_jax.MODEL1, mla_jax.BF16_512, b=1, s_q=2, topk=70, extra_topk=65)
+    call = samples.sparse_call(rng, mla_jax.MODEL1, mla_jax.BF16_512, b=1, s_q=2, h=h, topk=70, extra_topk=65)
     check(call, num_sms=1)
+
+
+@pytest.mark.slow
+def test_the_kernel_of_64_heads_takes_few():
+    """`few_heads=False` says the same, rounded otherwise; a head's NaN stays with that head in both."""
+    call = samples.sparse_call(np.random.default_rng(4), mla_jax.V32, b=2, s_q=1, h=FEW, topk=200)
+    call["q"] = call["q"].at[0, 0, FEW // 2].set(jnp.nan)
+    few, many = (decode(call, config=config.SparseConfig(few_heads=few)) for few in (True, False))
+    for x, y in zip(few, many, strict=True):
+        x, y = np.asarray(x, np.float32), np.asarray(y, np.float32)
+        assert np.isnan(x).any()
+        np.testing.assert_array_equal(np.isnan(x), np.isnan(y))
+        assert samples.relative_error(np.nan_to_num(x, posinf=0, neginf=0), np.nan_to_num(y, posinf=0, neginf=0)) < 4e-3
 
 
 @pytest.mark.slow
@@ -160,12 +191,48 @@ PLANTED = {
         f"        release(stage)\n{PRODUCTS}        return acc\n",
     ),
     "a stage is announced before it is full": (
-        "        ops.finish_block(slots, kv, rows, stage, parity, data[k], scopes[k], **copied)\n"
+        "        ops.finish_block(slots, kv, rows, stage, parity, data[k], scopes[k], groups, **copied)\n"
         "        plgpu.barrier_arrive(full.at[stage])\n",
         "        plgpu.barrier_arrive(full.at[stage])\n"
-        "        ops.finish_block(slots, kv, rows, stage, parity, data[k], scopes[k], **copied)\n",
+        "        ops.finish_block(slots, kv, rows, stage, parity, data[k], scopes[k], groups, **copied)\n",
     ),
 }
+PLANTED_FEW = {
+    "a stage is given back before it is multiplied": (
+        "        acc = pl.run_state(values)(plgpu.ACC.init(acc * _columns(rescale, acc.shape)))\n"
+        "        plgpu.barrier_arrive(empty.at[stage])\n",
+        "        plgpu.barrier_arrive(empty.at[stage])\n"
+        "        acc = pl.run_state(values)(plgpu.ACC.init(acc * _columns(rescale, acc.shape)))\n",
+    ),
+    "the next queries come while scores need these": (
+        "        plgpu.barrier_wait(q_ready)\n        carry = ",
+        "        plgpu.barrier_wait(q_ready)\n        load_q(*following)\n        carry = ",
+    ),
+    "both warpgroups dequantise the same half": ("groups=(group,)", "groups=(0,)"),
+    "the mask is read before it is there": (
+        "        plgpu.barrier_wait(full.at[stage])\n\n",
+        "        bias = plgpu.load(rows.at[BIAS_ROW + stage], layout=WGMMA_ROW)\n"
+        "        plgpu.barrier_wait(full.at[stage])\n\n",
+    ),
+}
+
+
+def planted(source, right, wrong):
+    assert source.count(right) == 1, "the kernel has changed; plant the mistake anew"
+    module = types.ModuleType("planted")
+    exec(compile(source.replace(right, wrong), "planted", "exec"), module.__dict__)
+    return module
+
+
+@pytest.mark.parametrize(
+    "what", [w if n == 0 else pytest.param(w, marks=pytest.mark.slow) for n, w in enumerate(PLANTED_FEW)]
+)
+def test_mistake_planted_in_the_kernel_for_few_heads_is_found(what):
+    module = planted(inspect.getsource(sm90_few), *PLANTED_FEW[what])
+    call = samples.sparse_call(np.random.default_rng(0), mla_jax.MODEL1, b=1, s_q=2, h=FEW, topk=300)
+    del call["topk_length"]
+    with mock.patch.object(sm90, "sm90_few", module), pytest.raises(interpreter.RaceFound):
+        decode(call, num_sms=1)
 
 
 @pytest.mark.parametrize(
@@ -174,25 +241,21 @@ PLANTED = {
 def test_planted_mistake_is_found(what):
     source = inspect.getsource(sm90)
     right, wrong = PLANTED[what]
-    assert source.count(right) == 1, "the kernel has changed; plant the mistake anew"
-    source = source.replace(right, wrong)
     if what == "P is given back before it is read":  # and not a second time after
         late = "        plgpu.barrier_arrive(p_free)\n        acc = _scaled(acc, rescale)\n        products"
         assert source.count(late) == 1
         source = source.replace(late, late.split("\n", 1)[1])
-    module = types.ModuleType("planted")
-    exec(compile(source, "planted", "exec"), module.__dict__)
-    call = every_index(mla_jax.MODEL1, h=4, topk=300)
+    module = planted(source, right, wrong)
+    call = every_index(mla_jax.MODEL1, h=MANY, topk=300)
     with pytest.raises(interpreter.RaceFound):
         decode(call, num_sms=1, module=module)
 
 
 @pytest.mark.slow
-def test_planted_wrong_phase_is_found():
+@pytest.mark.parametrize("h", [FEW, MANY])
+def test_planted_wrong_phase_is_found(h):
     """A wait for the wrong parity of the copies' mbarrier, which on a GPU comes back too early or never."""
-    source, right = inspect.getsource(sm90), "lax.div(number, jnp.int32(STAGES))"
-    assert source.count(right) == 1, "the kernel has changed; plant the mistake anew"
-    module = types.ModuleType("planted")
-    exec(compile(source.replace(right, f"{right} + 1"), "planted", "exec"), module.__dict__)
-    out, _ = decode(every_index(mla_jax.MODEL1, h=4, topk=300), num_sms=1, module=module)
+    right = "lax.div(number, jnp.int32(stages))"
+    module = planted(inspect.getsource(sm90), right, f"{right} + 1")
+    out, _ = decode(every_index(mla_jax.MODEL1, h=h, topk=300), num_sms=1, module=module)
     assert np.isnan(np.asarray(out, np.float32)).all()
