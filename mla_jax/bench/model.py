@@ -175,7 +175,7 @@ def predict(workload: Dense, gpu: Gpu) -> Prediction:
     return Prediction(units_us[bottleneck] + KERNEL_US * kernels + combine_us, units_us, bottleneck, combine_us)
 
 
-def _busiest_part(b, s_q, h, s_k, num_sms, align) -> tuple[int, int]:
+def _busiest_part(b, s_q, h, s_k, num_sms, align) -> tuple[float, int]:
     """Blocks of the part that has most, with the planner's overhead a piece, and pieces of items that are cut."""
     num_blocks = -(-s_k // BLOCK)
     parts, pieces, splits = plan((num_blocks,) * b, schedule.dense_parts(s_q, h, num_sms))

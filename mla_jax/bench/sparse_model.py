@@ -13,9 +13,9 @@ The second term of the maximum is what the dense kernels do not have. A block's 
 passed through softmax and multiplied one after the other, all in one stage of shared memory; there is room for two, or
 three. So a block cannot take less than half of the sum of those phases, however little each unit has to do. The phases
 follow from the shapes and from the machine code; what remains, the time from asking for 64 scattered rows to having
-them, and the handoffs, is `WAIT_US`, and what a call takes before its first block `START_US`: the two numbers that were
-fitted, on a case each (tests/bench/test_sparse_model.py compares all others). For SM100 they are assumed to be what they
-are on SM90; nothing was measured there.
+them, and the handoffs, is `WAIT_US`, and what a call takes before its first block `START_US`: the two numbers that
+were fitted, on a case each (tests/bench/test_sparse_model.py compares all others). For SM100 they are assumed to be
+what they are on SM90; nothing was measured there.
 """
 
 from __future__ import annotations

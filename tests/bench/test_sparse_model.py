@@ -4,9 +4,10 @@ import pytest
 
 from mla_jax.bench import model, sparse_model, workloads
 from pallas_kernels.formats import MODEL1, V32
+from pallas_kernels.sparse_decode.config import FEW_HEADS
 from tests.bench.h200 import TIMES
 
-FITTED = "v32-b128-sq2-h128-topk2048"
+FITTED, FITTED_START = "v32-b128-sq2-h128-topk2048", "model1-c1-b2-sq2-h64"
 SPARSE = sorted(name for name in TIMES if not name.startswith("dense-"))
 
 
@@ -18,21 +19,32 @@ def test_every_workload_was_measured():
 def test_reproduces_what_was_measured(name):
     predicted = sparse_model.predict(workloads.WORKLOADS[name], model.H200)
     assert predicted.us == pytest.approx(TIMES[name], rel=0.15)
-    assert predicted.bottleneck == "stages"  # docs/sparse-decode.md: ablations say the same
+    # docs/sparse-decode.md: clocks in the kernel and ablations say the same of 64 heads and more.
+    few = workloads.WORKLOADS[name].h <= FEW_HEADS
+    assert predicted.bottleneck in (("stages", "shared memory") if few else ("stages",))
 
 
-def test_one_case_was_fitted():
-    predicted = sparse_model.predict(workloads.WORKLOADS[FITTED], model.H200)
-    assert predicted.us == pytest.approx(TIMES[FITTED], rel=0.002)
+@pytest.mark.parametrize("name", [FITTED, FITTED_START])
+def test_two_cases_were_fitted(name):
+    predicted = sparse_model.predict(workloads.WORKLOADS[name], model.H200)
+    assert predicted.us == pytest.approx(TIMES[name], rel=0.002)
 
 
 def test_a_block_by_hand():
     """SM90, 64 heads by 64 keys of V32: 36 products of 16 columns for scores; raw rows of 656 bytes; 64 KB of V."""
     block = sparse_model.sm90_block(V32)
-    assert block.phases == {"dequantise": 926, "scores": 36 * 32, "softmax": 623, "values": 1024}
+    assert block.phases == {"dequantise": 918, "scores": 36 * 32, "softmax": 564, "values": 1024}
     assert block.tensor_cycles == 36 * 32 + 1024
     # KB: Q and K, 2 each a step; V; P written and read; raw rows written and read; keys written.
     assert block.smem_bytes == 1024 * (36 * 4 + 64 + 16 + 72) + 2 * 64 * 656
+
+
+def test_a_block_of_few_heads_by_hand():
+    """SM90, 64 keys by 16 heads: scores read K (72 KB) and Q (18 KB) once, and are bound by that; values read V."""
+    block = sparse_model.sm90_few_block(V32, 16)
+    assert block.phases == {"dequantise": 477, "scores": 90 * 8, "softmax": 403, "values": 512}
+    assert block.stages == 2 and sparse_model.sm90_few_block(MODEL1, 16).stages == 3
+    assert block.smem_bytes == 1024 * (90 + 64 + 4 + 72) + 2 * 64 * 656
 
 
 def test_sm100_blocks_by_hand():
