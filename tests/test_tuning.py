@@ -118,7 +118,7 @@ def test_what_is_no_table(text):
 def test_candidates_are_valid_and_begin_with_the_default():
     for workload in tune.tunable(list(workloads.WORKLOADS.values())):
         configs = tune.candidates(workload)
-        assert len(configs) == len(set(configs)) > 3
+        assert len(configs) == len(set(configs)) >= 2
         assert {type(c) for c in configs} == {DenseConfig if isinstance(workload, workloads.Dense) else SparseConfig}
     assert tune.candidates(DENSE)[0] == choose_config(DENSE.page_size, contiguous=False)
     with pytest.raises(NotImplementedError):

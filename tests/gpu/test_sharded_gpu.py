@@ -1,6 +1,6 @@
 """Sharded decode with the Mosaic kernels equals one GPU, on a machine of two GPUs or more.
 
-`NCCL_NVLS_ENABLE=0 pytest -m gpu tests/gpu/test_sharded.py`; step times: `python -m mla_jax.bench.sharded`.
+`NCCL_NVLS_ENABLE=0 pytest -m gpu tests/gpu/test_sharded_gpu.py`; step times: `python -m mla_jax.bench.sharded`.
 """
 
 import functools
