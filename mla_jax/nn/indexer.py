@@ -88,7 +88,7 @@ def scores(
     if implementation == "xla":
         return plain(q, weights, cache.data, block_table, visible)
     try:
-        kernel.check(cache.format, cache.page_size, q.shape[2])
+        kernel.check(cache.format, cache.page_size, q.shape[2], q.shape[1])
     except NotImplementedError:
         if implementation == "kernel":
             raise

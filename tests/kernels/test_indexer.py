@@ -79,7 +79,10 @@ def check_scores(s, heads, page, interpret):
 
 
 def test_scores_refuse_what_they_do_not_read():
-    cases = {"BF16_512": (BF16_512, 64, 64), "page_size=24": (INDEX_FP8, 24, 64), "num_heads=4": (INDEX_FP8, 64, 4)}
+    cases = {
+        "BF16_512": (BF16_512, 64, 64, 1), "page_size=24": (INDEX_FP8, 24, 64, 1), "num_heads=4": (INDEX_FP8, 64, 4, 1),
+        "num_queries=17": (INDEX_FP8, 64, 64, 17),
+    }  # fmt: skip
     for reason, arguments in cases.items():
         with pytest.raises(NotImplementedError, match=reason):
             scores.check(*arguments)
