@@ -200,8 +200,8 @@ PLANTED = {
     ),
     "P is overwritten without waiting for the product that reads it": (
         "            plgpu.barrier_wait(pv_done)  # of the block before: P has been read, O is whole\n"
-        "            pl.when(grown)(lambda: _rescale(o, rescale))\n\n        p[...] = probabilities\n",
-        "            pl.when(grown)(lambda: _rescale(o, rescale))\n\n        p[...] = probabilities\n"
+        "            pl.when(grown)(lambda: _rescale(o, rescale, call.ops))\n\n        p[...] = probabilities\n",
+        "            pl.when(grown)(lambda: _rescale(o, rescale, call.ops))\n\n        p[...] = probabilities\n"
         "        pl.when(i > 0)(lambda: plgpu.barrier_wait(pv_done))\n",
     ),
     "the products do not wait for the keys": (
@@ -227,6 +227,7 @@ QUICK_PLANTED = (1, 3)
 # Depending on what the threads do first, the detector reports, a stage is read as what it is not, or the barrier
 # protocol breaks.
 FOUND = "saw a race|RACE DETECTED|alias group|no threads observed"
+TRIES = 8  # S overwritten too early is seen in two runs of three: in the others a later handoff happens to order it
 
 WAIT_FOR_VALUES = """        @pl.when(i > 0)
         def _():
@@ -284,7 +285,8 @@ PLANTED_IN_PAIR = {
 def test_planted_mistake_is_found(what):
     call = every_index(mla_jax.MODEL1, h=4, topk=200)
     with pytest.raises(Exception, match=FOUND):
-        decode(call, num_sms=1, module=planted(sm100, PLANTED[what]))
+        for _ in range(TRIES):
+            decode(call, num_sms=1, module=planted(sm100, PLANTED[what]))
 
 
 @pytest.mark.slow  # 15 s each
@@ -294,7 +296,8 @@ def test_planted_mistake_in_a_pair_is_found(what, monkeypatch):
     call = samples.sparse_call(np.random.default_rng(0), mla_jax.BF16_512, b=2, s_q=1, h=65, topk=200)
     del call["topk_length"]
     with pytest.raises(Exception, match=FOUND):
-        decode(call, num_sms=2, module=sm100)
+        for _ in range(TRIES):
+            decode(call, num_sms=2, module=sm100)
 
 
 def planted(module, edits):
