@@ -72,7 +72,9 @@ def test_compiles_well(arch, names):
         design = "sm100" if tile_heads == 64 else "sm100, 128 heads"
         if (counted := INSTRUCTIONS.get((design, fmt.name))) is not None:  # of the model of performance
             for what, (op, stages) in LOOPS.items():
-                sizes = [loop.instructions // stages for loop in report.loops if loop.counts.get(op)]
+                # Softmax, which alone has MUFU, multiplies too, where it rescales O.
+                loops = [x for x in report.loops if what == "softmax" or not x.counts.get("MUFU")]
+                sizes = [loop.instructions // stages for loop in loops if loop.counts.get(op)]
                 assert sizes[0] == pytest.approx(getattr(counted, what), rel=0.15), (name, what, sizes)
 
 
