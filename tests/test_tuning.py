@@ -15,6 +15,7 @@ from mla_jax import cli, dispatch, tuning
 from mla_jax.bench import inputs, runner, timer, tune, workloads
 from pallas_kernels.dense_decode import DenseConfig, choose_config
 from pallas_kernels.sparse_decode import SparseConfig
+from pallas_kernels.sparse_decode.config import FEW_HEADS
 
 DENSE = workloads.dense(8, 1, 16, 8192)
 SPARSE = workloads.model1("c2", 8, 1)
@@ -118,7 +119,8 @@ def test_what_is_no_table(text):
 def test_candidates_are_valid_and_begin_with_the_default():
     for workload in tune.tunable(list(workloads.WORKLOADS.values())):
         configs = tune.candidates(workload)
-        assert len(configs) == len(set(configs)) >= 2
+        few = isinstance(workload, workloads.Sparse) and workload.h <= FEW_HEADS  # a kernel without registers to choose
+        assert len(configs) == len(set(configs)) > (1 if few else 3)
         assert {type(c) for c in configs} == {DenseConfig if isinstance(workload, workloads.Dense) else SparseConfig}
     assert tune.candidates(DENSE)[0] == choose_config(DENSE.page_size, contiguous=False)
     with pytest.raises(NotImplementedError):

@@ -1,13 +1,14 @@
 """Rows of the cache -> bf16 keys in shared memory, by index: copy, wait, dequantise in place.
 
 A block of 64 keys becomes one stage `kv[stage]`, bf16 [64, d_qk] in swizzled tiles of 8 rows by 64 columns, so that 8
-rows are one contiguous run of memory, a *group*. Each of the 4 warps owns two groups of a block and works on them
-without any other warp. Raw rows (656 or 576 bytes) have no buffer of their own:
+rows are one contiguous run of memory, a *group*. Each of the 4 warps owns two groups of a block (one, where two
+warpgroups share it) and works on them without any other warp. Raw rows have no buffer of their own:
 
-1. The copy warpgroup has the raw rows brought to the beginning of the group's own memory (8 * d_qk * 2 bytes, nearly
-   twice as much), one `cp.async.bulk` a row, as soon as the stage is free.
-2. The gather warpgroup reads all raw bytes of a group into registers (11 times 16 bytes a lane), then overwrites them
-   with the dequantised values.
+1. The copy warpgroup has the raw rows brought to the end of the group's own memory (8 * d_qk * 2 bytes, nearly twice as
+   much), one `cp.async.bulk` a row, as soon as the stage is free. In a cluster each of two CTAs copies one of a warp's
+   groups, to both. Scales that lie apart go behind their row.
+2. The gather warpgroup converts the first column tiles, which lie in front of all raw bytes, while it reads the rest of
+   the group into registers, and then overwrites those.
 
 Lane l works on row l % 8 of the group and on 16-byte chunks l // 8, l // 8 + 4, ...; with raw rows an odd number of
 chunks apart, reads of raw bytes and writes of swizzled values are free of bank conflicts.

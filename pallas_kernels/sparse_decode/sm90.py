@@ -19,6 +19,10 @@ and the barriers between them (the raw rows' arrival at the gathering warps is a
     q_ready       TMA     -> softmax               the piece's queries are there
     copies_ready  gather  -> copy                  the mbarriers exist
 
+With an even number of tiles the CTAs of two neighbours are a cluster, in which each copies half of a block's rows for
+both: `empty` and `copies_ready` then wait for both CTAs, and `meetings` gather a warpgroup before one of its threads
+arrives there.
+
         stage A   |--copy--|--dequantise--|--QK--|softmax|--PV--|--copy--|--dequantise--| ...
         stage B            ...--QK--|softmax|--PV--|--copy--|--dequantise--|--QK--|softmax| ...
 """
