@@ -1,6 +1,6 @@
 """compute-sanitizer over the kernels, and over planted faults first: what it reports, and where it is blind.
 
-    python -m tests.gpu.sanitize [--quick] [--out FILE]      from the repository's root, on a machine with a GPU
+    python -m tests.gpu.sanitize [--quick] [--jobs N] [--out FILE]      from the repository's root
 
 Every fault of tests/gpu/planted.py runs under the tool that should see it, near its array (1 KiB behind) and far from
 it (1 GiB); then the SM90 kernels run under memcheck and racecheck. A clean report on a kernel means no more than the
@@ -11,6 +11,7 @@ reported. Exit status 1: a kernel is reported in earnest, or the tool saw not ev
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
 import json
 import os
 import pathlib
@@ -23,11 +24,8 @@ from tests.gpu import planted
 ROOT = pathlib.Path(__file__).parents[2]
 NEAR_KIB, FAR_KIB = 5, 1 << 20  # of a 4 KiB array
 FOUND, FAILED = 7, "the run itself failed"  # --error-exitcode
-KERNELS = {
-    "dense": [sys.executable, "-m", "tests.gpu.memcheck"],
-    "sparse": [sys.executable, "-m", "tests.gpu.sparse_memcheck"],
-}
-ORDERED_BY = {"dense": "named barriers", "sparse": "mbarrier"}  # a kind of planted.ORDERED
+KERNELS = {name: [sys.executable, "-m", "tests.gpu.memcheck", name] for name in ("sparse", "dense", "others")}
+ORDERED_BY = {"dense": "named barriers", "sparse": "mbarrier", "others": "mbarrier"}  # a kind of planted.ORDERED
 
 
 def environment() -> dict[str, str]:
@@ -41,7 +39,7 @@ def environment() -> dict[str, str]:
     }
 
 
-def run(tool: str, command: list[str], *, timeout: int = 600) -> tuple[str, str]:
+def run(tool: str, command: list[str], timeout: int = 600) -> tuple[str, str]:
     """("reported", "nothing" or FAILED, the end of the output)."""
     sanitizer = ["compute-sanitizer", "--tool", tool, "--target-processes", "all", "--error-exitcode", str(FOUND)]
     if tool == "memcheck":
@@ -70,24 +68,29 @@ def cases() -> list[tuple[str, str, int]]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a far plain read, a race, and memcheck of the kernels")
+    parser.add_argument("--jobs", type=int, default=1, help="processes at a time; they may share the GPU")
     parser.add_argument("--out", type=pathlib.Path, help="write everything as JSON")
     args = parser.parse_args()
     if shutil.which("compute-sanitizer") is None:
         print("compute-sanitizer is not installed: it comes with the CUDA toolkit (cuda-sanitizer)", file=sys.stderr)
         return 2
     quick = [("memcheck", "load", FAR_KIB), ("racecheck", "race", 0)]
+    planted_runs = [
+        ((tool, [sys.executable, "-m", "tests.gpu.planted", kind, str(kib)], 200), {"planted": kind, "offset_kib": kib})
+        for tool, kind, kib in (quick if args.quick else cases())
+    ]
+    kernel_runs = [
+        ((tool, command, 600), {"kernel": name})
+        for name, command in KERNELS.items()
+        for tool in (("memcheck",) if args.quick else ("memcheck", "racecheck"))
+    ]
+    runs = [*kernel_runs, *planted_runs]  # the longest first
     results = []
-    for tool, kind, kib in quick if args.quick else cases():
-        command = [sys.executable, "-m", "tests.gpu.planted", kind, str(kib)]
-        outcome, text = run(tool, command, timeout=200)
-        results.append({"tool": tool, "planted": kind, "offset_kib": kib, "outcome": outcome, "output": text})
-        print(f"{tool:10s} planted {kind:14s} {kib:8d} KiB  {outcome}", flush=True)
-    for tool in ("memcheck",) if args.quick else ("memcheck", "racecheck"):
-        for name, command in KERNELS.items():
-            outcome, text = run(tool, command)
-            results.append({"tool": tool, "kernel": name, "outcome": outcome, "output": text})
-            print(f"{tool:10s} kernels {name:28s}  {outcome}", flush=True)
-            if outcome != "nothing":
+    with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
+        for (how, what), (outcome, text) in zip(runs, pool.map(lambda run_: run(*run_[0]), runs), strict=True):
+            results.append({"tool": how[0], **what, "outcome": outcome, "output": text})
+            print(f"{how[0]:10s} {' '.join(f'{key} {value}' for key, value in what.items()):40s} {outcome}", flush=True)
+            if "kernel" in what and outcome != "nothing":
                 print(text)
     if args.out is not None:
         args.out.write_text(json.dumps(results, indent=1))
