@@ -180,7 +180,7 @@ class Hardware:
         """Waits until the previous kernel's writes are visible."""
         plgpu.griddepcontrol_wait()
 
-    def gather_rows(self, source: Any, table: Any, dst: Any, bias: Any, rows: GatherRows) -> None:
+    def gather_rows(self, source: Any, table: Any, dst: Any, absent: Any, rows: GatherRows) -> None:
         """Copies one row per token from anywhere into a tile: for pages too small or odd for TMA.
 
         Called by a whole warpgroup; returns when the rows lie in shared memory, visible to wgmma. Rows of tokens from
@@ -190,10 +190,10 @@ class Hardware:
           source: bf16 `[pages, page_size, d]` in GMEM.
           table: int32 `[b, max_pages]` in GMEM, or None: token t of item i is row t of page i.
           dst: bf16 `[64, columns]`, a `tile` in SMEM.
-          bias: float32 `[64]` in SMEM, or None: becomes 0 for the rows that were copied and -inf for the zeros.
+          absent: int32 `[64]` in SMEM, or None: becomes 0 for the rows that were copied and 1 for the zeros.
           rows: which ones.
         """
-        _gather_rows(source, table, dst, bias, rows)
+        _gather_rows(source, table, dst, absent, rows)
 
     def store_rows(self, x: jax.Array, *, out: Any, index: Any, tile: Any, column: int, num_rows: int) -> None:
         """x [64, n] -> out[index, 64 * tile + row, column:column + n], rows from `num_rows` on left out.
@@ -238,6 +238,28 @@ class Hardware:
 
         return vote(x) != 0
 
+    def any_below_one(self, x: jax.Array) -> jax.Array:
+        """Whether a value of the calling warp's rows is below 1: bool `[]`. Each warp has an answer of its own, so what
+        it decides must need no other warp.
+
+        Args:
+          x: float32 `[64]` in WGMMA_ROW layout.
+        """
+
+        @plgpu.inline_mgpu(
+            arg_types=(WGMMA_ROW,), return_type=plgpu.ShapeDtypeStruct((), jnp.dtype(jnp.int32), plgpu.Layout.WG_SPLAT)
+        )
+        def vote(_, x):
+            values = [vector.extract(v, dynamic_position=[], static_position=[0]) for v in x.registers.flat]
+            text = (
+                "{ .reg .pred p; .reg .f32 least; min.f32 least, $1, $2; setp.lt.f32 p, least, 0f3F800000; "
+                "vote.sync.any.pred p, p, -1; selp.s32 $0, 1, 0, p; }"
+            )
+            found = asm(text, "=r,f,f", *values, result="i32")
+            return mosaic.FragmentedArray.splat(found, (), is_signed=True)
+
+        return vote(x) != 0
+
     def scale_rows(self, x: jax.Array, factor: jax.Array) -> jax.Array:
         """x float32 [64, n] in WGMMA layout, each row times its value of factor float32 [64], in WGMMA_ROW layout.
 
@@ -271,7 +293,7 @@ class Hardware:
             pl.when(warp == 0)(run)
 
 
-def _gather_rows(source: Any, table: Any, dst: Any, bias: Any, rows: GatherRows) -> None:
+def _gather_rows(source: Any, table: Any, dst: Any, absent: Any, rows: GatherRows) -> None:
     """`Hardware.gather_rows`: two threads a row, 16 bytes a copy, shared-memory addresses swizzled by hand."""
     num_pages, page_size, d = source.shape
     num_rows, columns = dst.shape
@@ -283,7 +305,7 @@ def _gather_rows(source: Any, table: Any, dst: Any, bias: Any, rows: GatherRows)
     tiling = plgpu.TilingTransform((8, row_bytes // 2))  # type: ignore[abstract]
     tile_type = plgpu.RefType((tiling, plgpu.SwizzleTransform(row_bytes)))  # type: ignore[abstract]
     scalar = plgpu.Layout.WG_SPLAT
-    optional = [ref for ref in (table, bias) if ref is not None]
+    optional = [ref for ref in (table, absent) if ref is not None]
 
     @plgpu.inline_mgpu(arg_types=(tile_type, *[scalar] * 4, *[plgpu.RefType()] * (1 + len(optional))))
     def copy(_, dst, item, first_token, end_token, first_column, source, *optional_refs):
@@ -338,10 +360,9 @@ def _gather_rows(source: Any, table: Any, dst: Any, bias: Any, rows: GatherRows)
             to = arith.addi(target, arith.addi(c(tile_column * atom_bytes), arith.muli(place, c(chunk_bytes))))
             at = arith.addi(base, wide(arith.addi(c(2 * step * chunk_bytes), arith.muli(odd, c(chunk_bytes)))))
             asm(f"cp.async.cg.shared.global [$0], [$1], {chunk_bytes}, $2;", "r,l,r", to, at, size)
-        if bias is not None:
-            at = llvm.ptrtoint(i32, mosaic_utils.memref_ptr(optional_refs[-1]))
-            bits = arith.select(is_real, c(0), c(-(2**23)))  # of 0 and of -inf
-            asm("st.shared.b32 [$0], $1;", "r,r", arith.addi(at, arith.muli(row, c(4))), bits)
+        if absent is not None:
+            at = arith.addi(llvm.ptrtoint(i32, mosaic_utils.memref_ptr(optional_refs[-1])), arith.muli(row, c(4)))
+            asm("st.shared.b32 [$0], $1;", "r,r", at, arith.select(is_real, c(0), c(1)))
         asm("cp.async.wait_all;")
 
     copy(dst, rows.item, rows.first_token, rows.end_token, jnp.int32(rows.first_column), source, *optional)
@@ -373,24 +394,37 @@ def _store_rows(x, out, index, tile, column: int, num_rows: int) -> None:
     def store(_, x, out, index, tile):
         i32, i64 = ir.IntegerType.get_signless(32), ir.IntegerType.get_signless(64)
         row, place, quad = _accumulator_row(index, tile, num_rows)
+        odd = arith.remui(quad, mosaic_utils.c(2, i32))
         offset = arith.addi(arith.muli(quad, mosaic_utils.c(2 * size, i32)), mosaic_utils.c(column * size, i32))
+        if size == 4:  # of what the lane stores: see below
+            offset = arith.addi(offset, arith.muli(odd, mosaic_utils.c(6 * size, i32)))
         address = llvm.ptrtoint(i64, mosaic_utils.memref_ptr(out))
         address = arith.addi(address, arith.muli(place, mosaic_utils.c(width * size, i64)))
         address = arith.addi(address, arith.extui(i64, offset))
         flat = x.registers.reshape(-1)  # register 2 * j + half: columns 8 * j + 2 * (lane % 4), row + 8 * half
+
+        def floats(j, half):
+            pair = flat[2 * j + half]
+            return [vector.extract(pair, dynamic_position=[], static_position=[e]) for e in range(2)]
+
         for half in range(2):
             exists = _exists(row, half, num_rows)
-            for j in range(flat.size // 2):
+            for j in range(0, flat.size // 2, 1 if size == 2 else 2):
                 at = 8 * j * size + 8 * half * width * size
                 if size == 2:
                     word = mosaic.utils.bitcast(flat[2 * j + half], i32)
                     asm(f"@$0 st.global.b32 [$1+{at}], $2;", "b,l,r", exists, address, word)
-                else:
-                    pair = [
-                        vector.extract(flat[2 * j + half], dynamic_position=[], static_position=[e])
-                        for e in range(2)
-                    ]
-                    asm(f"@$0 st.global.v2.f32 [$1+{at}], {{$2, $3}};", "b,l,f,f", exists, address, *pair)
+                    continue
+                # Neighbouring lanes trade two columns, so that each stores four in a row: of j's the even lane, of
+                # j + 1's the odd one. Half as many stores, each of which costs a cycle a row.
+                asm(
+                    "{ .reg .pred o; .reg .f32 s0, s1, v0, v1, v2, v3; setp.ne.s32 o, $2, 0; "
+                    "selp.f32 s0, $3, $5, o; selp.f32 s1, $4, $6, o; "
+                    "shfl.sync.bfly.b32 s0, s0, 1, 31, -1; shfl.sync.bfly.b32 s1, s1, 1, 31, -1; "
+                    "selp.f32 v0, s0, $3, o; selp.f32 v1, s1, $4, o; selp.f32 v2, $5, s0, o; selp.f32 v3, $6, s1, o; "
+                    f"@$0 st.global.v4.f32 [$1+{at}], {{v0, v1, v2, v3}}; }}",
+                    "b,l,r,f,f,f,f", exists, address, odd, *floats(j, half), *floats(j + 1, half),
+                )  # fmt: skip
 
     store(x, out, index, tile)
 
@@ -450,7 +484,7 @@ class Interpreted(Hardware):
     def wait_for_primary(self):
         pass
 
-    def gather_rows(self, source, table, dst, bias, rows):
+    def gather_rows(self, source, table, dst, absent, rows):
         num_pages, page_size, _ = source.shape
         for row in range(dst.shape[0]):
             token = rows.first_token + row
@@ -463,13 +497,13 @@ class Interpreted(Hardware):
 
             def copy(row=row, page=page, offset=offset):
                 dst[row, :] = source[page, offset, pl.ds(rows.first_column, dst.shape[1])]
-                if bias is not None:
-                    bias[row] = jnp.float32(0)
+                if absent is not None:
+                    absent[row] = jnp.int32(0)
 
             def clear(row=row):
                 dst[row, :] = jnp.zeros((dst.shape[1],), dst.dtype)
-                if bias is not None:
-                    bias[row] = jnp.float32(-jnp.inf)
+                if absent is not None:
+                    absent[row] = jnp.int32(1)
 
             lax.cond(is_real, copy, clear)
         plgpu.commit_smem()
@@ -488,6 +522,9 @@ class Interpreted(Hardware):
 
     def any_positive(self, x, layout):
         return jnp.max(x) > 0
+
+    def any_below_one(self, x):
+        return jnp.min(x) < 1
 
     def scale_rows(self, x, factor):
         return x * rows_to_tile(factor, x.shape)

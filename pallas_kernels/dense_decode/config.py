@@ -14,17 +14,20 @@ TMA_MIN_ROWS = 8
 
 @dataclasses.dataclass(frozen=True)
 class DenseConfig:
-    """How the SM90 kernel runs. Static and hashable; results do not depend on it.
+    """How the SM90 kernel runs. Static and hashable; results differ by rounding only.
 
     Attributes:
       consumer_registers: registers a thread of the two warpgroups that multiply.
       producer_registers: registers a thread of the warpgroup that loads.
+      rescale_above: how far, in powers of two, scores may grow beyond the maximum that they are scaled by before the
+        accumulator is scaled anew.
       combine_rows: query rows that one CTA of the combine kernel merges; None lets it choose.
       overlap_combine: launch the combine kernel early (programmatic dependent launch).
     """
 
     consumer_registers: int = 240
     producer_registers: int = 24
+    rescale_above: float = 8.0
     combine_rows: int | None = None
     overlap_combine: bool = True
 
@@ -39,6 +42,7 @@ class DenseConfig:
                 f"two consumers of {self.consumer_registers} registers and a producer of {self.producer_registers} ask "
                 f"for {total}; more than {mgpu.MAX_REGISTERS} would hang the GPU"
             )
+        _check_rescale_above(self.rescale_above)
         _check_combine_rows(self.combine_rows)
 
 
@@ -62,10 +66,14 @@ class DenseSm100Config:
     def __post_init__(self) -> None:
         if self.tile_rows not in (64, 128):
             raise ValueError(f"tile_rows must be 64 or 128, got {self.tile_rows}")
-        # 2^16 times a row's sum of values leaves float32 and bf16 all the room they need.
-        if not 0 <= self.rescale_above <= 16:
-            raise ValueError(f"rescale_above must lie in [0, 16], got {self.rescale_above}")
+        _check_rescale_above(self.rescale_above)
         _check_combine_rows(self.combine_rows)
+
+
+def _check_rescale_above(powers: float) -> None:
+    # 2^16 times a row's sum of values leaves float32 and bf16 all the room they need.
+    if not 0 <= powers <= 16:
+        raise ValueError(f"rescale_above must lie in [0, 16], got {powers}")
 
 
 def _check_combine_rows(rows: int | None) -> None:

@@ -30,7 +30,7 @@ Shared memory, bytes | 64 rows              | 128 rows
 Q                    |  73 728              |  65 536 (this CTA's half)
 K, two blocks        | 147 456              | 147 456
 P                    |   8 192              |  -
-vectors, bias        |   2 048              |   2 048
+vectors, absent      |   2 048              |   2 048
 sum of 232 448       | 231 424              | 215 040
 
 The result is staged where Q was. docs/sm100.md has the schedule and the model of its performance.
@@ -104,8 +104,8 @@ class Design:
             # A result of the same size is staged in it.
             "q": tile((self.rows, self.columns), swizzle_bytes=self.swizzle_bytes),
             "vectors": plgpu.SMEM((2, self.rows), jnp.float32),
-            # What to add to the scores of rows that are gathered one by one: 0 or, for tokens that are no keys, -inf.
-            "bias": plgpu.SMEM((STAGES, BLOCK), jnp.float32),
+            # Of rows that are gathered one by one: 1 for tokens that are no keys, else 0.
+            "absent": plgpu.SMEM((STAGES, BLOCK), jnp.int32),
         }
         for group, width in self.groups.items():
             buffers[group] = tile((STAGES, BLOCK, width), swizzle_bytes=self.swizzle_bytes)
@@ -189,7 +189,7 @@ def _products(*, shape, design, part, inputs, refs, bars, ops):
         plgpu.tcgen05_commit_arrive(bars["out"])
 
     def piece(index, count):
-        work = Work(shape, index, inputs["pieces"], inputs["seqlens"], inputs["table"])
+        work = Work.of_plan(shape, index, inputs["pieces"], inputs["seqlens"], inputs["table"])
         plgpu.barrier_wait(bars["q"])
         if design.q_in_tmem:
             plgpu.barrier_wait(bars["q_tmem"])
@@ -255,7 +255,7 @@ def _softmax_step(i, carry, *, work, count, design, config, tile_index, refs, ba
     plgpu.wait_load_tmem()
     plgpu.barrier_arrive(bars["free_scores"])
     dyn = mgpu.opaque_zero(i)
-    scores = work.mask(scores, block, room, tile_index, refs["bias"].at[stage], dyn, design.layout)
+    scores = work.mask(scores, block, room, tile_index, refs["absent"].at[stage], dyn, design.layout)
     row_max = scores.max(axis=1) * scale2  # [rows]
     # Weights may exceed 1 as long as float32 sums do not mind: what was added so far is seldom scaled.
     grown = row_max - (maximum + config.rescale_above)  # [rows]
@@ -346,7 +346,7 @@ def _softmax(*, shape, design, config, part, tile_index, half, inputs, outs, ref
     plgpu.barrier_arrive(bars["free_q"])
 
     def piece(index, count):
-        work = Work(shape, index, inputs["pieces"], inputs["seqlens"], inputs["table"])
+        work = Work.of_plan(shape, index, inputs["pieces"], inputs["seqlens"], inputs["table"])
         if design.q_in_tmem:
             _load_q(work, design=design, half=half, tile_index=tile_index, inputs=inputs, refs=refs)
             plgpu.barrier_arrive(bars["q_tmem"])
@@ -381,8 +381,8 @@ def _producer(*, shape, design, part, tile_index, half, inputs, refs, bars, ops)
             end_token = jnp.minimum(work.tokens, work.end_block * BLOCK)
             rows = mgpu.GatherRows(work.item, block * BLOCK, end_token, first, design.swizzle_bytes)
             # With the group that is freed last, when the scores have been masked.
-            bias = refs["bias"].at[stage] if group == list(design.groups)[-1] else None
-            ops.gather_rows(inputs["kv"], inputs["table"], refs[group].at[stage], bias, rows)
+            absent = refs["absent"].at[stage] if group == list(design.groups)[-1] else None
+            ops.gather_rows(inputs["kv"], inputs["table"], refs[group].at[stage], absent, rows)
             plgpu.barrier_arrive(bars[f"full_{group}"].at[stage])
             return
         for index, (page, row) in enumerate(work.pages(block)):
@@ -393,7 +393,7 @@ def _producer(*, shape, design, part, tile_index, half, inputs, refs, bars, ops)
             )
 
     def piece(index, count):
-        work = Work(shape, index, inputs["pieces"], inputs["seqlens"], inputs["table"])
+        work = Work.of_plan(shape, index, inputs["pieces"], inputs["seqlens"], inputs["table"])
         rows = pl.ds(tile_index * design.rows, design.rows)
         columns = pl.ds(half * design.columns, design.columns)
         plgpu.barrier_wait(bars["free_q"])

@@ -38,9 +38,12 @@ HALF = 256  # columns of `left` and of `right`
 
 # ------------------------------------------------------------------------------------------------ shared memory
 
-# Rows of `vectors`: running maxima and sums of the two consumers, and, where rows are gathered one by one, what to add
-# to the scores of the two blocks: 0 or, for tokens that are no keys, -inf.
-MAX0, MAX1, SUM0, SUM1, BIAS0, BIAS1 = range(6)
+# Rows of `vectors`: running maxima and sums of the two consumers.
+MAX0, MAX1, SUM0, SUM1 = range(4)
+# Rows of `numbers`, what the producer tells the consumers: of a piece (two records, for even and odd ones) and of each
+# block of a pair (`Work.room`, which rows are no keys). So only the producer waits for reads of the plan and the table.
+PIECES, ROOM, ABSENT0, ABSENT1 = range(4)
+FETCHED_FIRST = (("left", 0), ("right", 1))  # of each block of a pair, the half that its own consumer reads first
 
 
 def smem_plan(d_qk: int) -> dict[str, Any]:
@@ -52,7 +55,8 @@ def smem_plan(d_qk: int) -> dict[str, Any]:
         "p0": tile((ROWS, BLOCK)),
         "left": tile((2, BLOCK, HALF)),
         "right": tile((2, BLOCK, HALF)),
-        "vectors": plgpu.SMEM((8, ROWS), jnp.float32),
+        "vectors": plgpu.SMEM((4, ROWS), jnp.float32),
+        "numbers": plgpu.SMEM((4, BLOCK), jnp.int32),
     }
     if d_qk > D_V:
         plan["rope"] = tile((2, BLOCK, d_qk - D_V))
@@ -77,20 +81,18 @@ def handoffs(producer_threads: int) -> dict[str, Handoff]:
     }
 
 
-# ------------------------------------------------------------------------------------------------ who does what
-
-
 # ------------------------------------------------------------------------------------------------ consumers
 
 
-def _scores(refs, barriers_full, q_rope, side, scores_ref, half, dyn, *, shape):
-    """Issues one half of the scores of this side's block: scores += Q[:, half] K[:, half]^T."""
-    plgpu.barrier_wait(barriers_full[f"{half}{side}"])
-    q = refs["q"].at[dyn]
-    if half == "left":
-        plgpu.wgmma(scores_ref, q.at[:, pl.ds(0, HALF)], refs["left"].at[side + dyn].transpose((1, 0)))
-        return
-    plgpu.wgmma(scores_ref, q.at[:, pl.ds(HALF, HALF)], refs["right"].at[side + dyn].transpose((1, 0)))
+def _scores(refs, full, side, scores_ref, half, dyn):
+    """Issues one half of the scores of this side's block, without RoPE: scores += Q[:, half] K[:, half]^T."""
+    plgpu.barrier_wait(full[f"{half}{side}"])
+    columns = pl.ds(0 if half == "left" else HALF, HALF)
+    plgpu.wgmma(scores_ref, refs["q"].at[dyn].at[:, columns], refs[half].at[side + dyn].transpose((1, 0)))
+
+
+def _rope_scores(refs, q_rope, side, scores_ref, dyn, *, shape):
+    """Issues the rest: scores += Q_rope K_rope^T. The keys have come with the right half."""
     if shape.has_rope:
         plgpu.wgmma(scores_ref, q_rope, refs["rope"].at[side + dyn].transpose((1, 0)))
 
@@ -102,22 +104,30 @@ def _zero_carry(columns=HALF):
     return acc, maximum, total
 
 
-def _left_step(pair, carry, *, is_last, work, refs, full, bar, ops, scale2, q_rope, tile_index, shape):
+def _grown(maximum, scores_max, config):
+    """[ROWS]: the maximum to scale by from now on: the old one, unless scores are far beyond it."""
+    return jnp.where(scores_max > maximum + config.rescale_above, scores_max, maximum)
+
+
+def _rescale(acc, factor, ops):
+    """acc [ROWS, n] times factor [ROWS]: skipped by warps all of whose factors are 1, as most are."""
+    return lax.cond(ops.any_below_one(factor), lambda: acc * rows_to_tile(factor, acc.shape), lambda: acc)
+
+
+def _left_step(pair, carry, *, is_last, config, work, refs, full, bar, ops, scale2, q_rope, tile_index, shape):
     """One pair for the left consumer: P0, then O_left += P0 V0_left + P1 V1_left, then the next pair's scores 0."""
-    acc, scores, room, maximum, total = carry  # [ROWS, HALF], [ROWS, BLOCK], [], [ROWS], [ROWS]
+    acc, scores, maximum, total = carry  # [ROWS, HALF], [ROWS, BLOCK], [ROWS], [ROWS]
     dyn = mgpu.opaque_zero(pair)
     block = work.first_block + 2 * pair
     if is_last:
         bar.arrive("free_q")
-    else:
-        next_room = work.room(block + 2)  # its loads come back while this pair is worked on
-    scores = work.mask(scores, block, room, tile_index, refs["vectors"].at[BIAS0], dyn)
-    new_max = jnp.maximum(maximum, scores.max(axis=1) * scale2)  # [ROWS]
+    scores = work.mask(scores, block, refs["numbers"][ROOM, 0], tile_index, refs["numbers"].at[ABSENT0], dyn)
+    new_max = _grown(maximum, scores.max(axis=1) * scale2, config)  # [ROWS]
     refs["vectors"][MAX0] = new_max
     rescale = jnp.exp2(maximum - new_max)  # [ROWS]
     p = jnp.exp2(scores * scale2 - rows_to_tile(new_max, scores.shape))  # [ROWS, BLOCK]
     p_bf16 = p.astype(jnp.bfloat16)
-    acc = acc * rows_to_tile(rescale, acc.shape)
+    acc = _rescale(acc, rescale, ops)
     total = total * rescale + p.sum(axis=1)
     bar.arrive("max0")
     if is_last:
@@ -137,7 +147,7 @@ def _left_step(pair, carry, *, is_last, work, refs, full, bar, ops, scale2, q_ro
     bar.arrive("p0")
     # Read again, so that the 128 multiplications below are not scheduled before the arrival above.
     rescale = jnp.exp2(new_max - plgpu.load(refs["vectors"].at[MAX1], layout=WGMMA_ROW))  # [ROWS]
-    acc = acc * rows_to_tile(rescale, acc.shape)
+    acc = _rescale(acc, rescale, ops)
     total = total * rescale
     if is_last:
         zero_rows(refs["left"].at[1], work, block + 1)
@@ -158,36 +168,35 @@ def _left_step(pair, carry, *, is_last, work, refs, full, bar, ops, scale2, q_ro
         if shape.tiles == 1:
             plgpu.wgmma_wait(0)
             bar.arrive("free_left1")
-        _scores(refs, full, q_rope, 0, scores_ref, "left", dyn, shape=shape)
+        _scores(refs, full, 0, scores_ref, "left", dyn)
         if shape.tiles > 1:
             plgpu.wgmma_wait(1)
             bar.arrive("free_left1")
-        _scores(refs, full, q_rope, 0, scores_ref, "right", dyn, shape=shape)
+        _scores(refs, full, 0, scores_ref, "right", dyn)
+        _rope_scores(refs, q_rope, 0, scores_ref, dyn, shape=shape)
 
     zeros = plgpu.layout_cast(jnp.zeros((ROWS, BLOCK), jnp.float32), WGMMA)  # [ROWS, BLOCK]
     acc, scores = pl.run_state(other_product_and_next_scores)((plgpu.ACC.init(acc), plgpu.ACC.init(zeros)))
-    return acc, scores, next_room, pair_max, total
+    return acc, scores, pair_max, total
 
 
-def _right_step(pair, carry, *, is_last, work, refs, full, bar, ops, scale2, q_rope, tile_index, shape):
+def _right_step(pair, carry, *, is_last, config, work, refs, full, bar, ops, scale2, q_rope, tile_index, shape):
     """One pair for the right consumer: P1, then O_right += P1 V1_right + P0 V0_right, then the next pair's scores 1."""
-    acc, scores, room, maximum, total = carry  # [ROWS, HALF], [ROWS, BLOCK], [], [ROWS], [ROWS]
+    acc, scores, maximum, total = carry  # [ROWS, HALF], [ROWS, BLOCK], [ROWS], [ROWS]
     dyn = mgpu.opaque_zero(pair)
     block = work.first_block + 2 * pair + 1
     if is_last:
         bar.arrive("free_q")
-    else:
-        next_room = work.room(block + 2)
-    scores = work.mask(scores, block, room, tile_index, refs["vectors"].at[BIAS1], dyn)
+    scores = work.mask(scores, block, refs["numbers"][ROOM, 1], tile_index, refs["numbers"].at[ABSENT1], dyn)
     own_max = scores.max(axis=1) * scale2  # [ROWS]
     bar.wait("max0")
     left_max = plgpu.load(refs["vectors"].at[MAX0], layout=WGMMA_ROW)  # [ROWS]
-    new_max = jnp.maximum(left_max, own_max)  # [ROWS]
+    new_max = _grown(left_max, own_max, config)  # [ROWS]
     refs["vectors"][MAX1] = new_max
     rescale = jnp.exp2(maximum - new_max)  # [ROWS]
     p = jnp.exp2(scores * scale2 - rows_to_tile(new_max, scores.shape))  # [ROWS, BLOCK]
     p_bf16 = p.astype(jnp.bfloat16)
-    acc = acc * rows_to_tile(rescale, acc.shape)
+    acc = _rescale(acc, rescale, ops)
     total = total * rescale + p.sum(axis=1)
     bar.arrive("max1")
     refs["p1"][...] = p_bf16
@@ -210,22 +219,30 @@ def _right_step(pair, carry, *, is_last, work, refs, full, bar, ops, scale2, q_r
     acc = pl.run_state(products)(plgpu.ACC.init(acc))
     if is_last:
         return acc, new_max, total
-    scores = _first_scores(refs, full, q_rope, 1, dyn, shape=shape)
-    return acc, scores, next_room, new_max, total
+    scores, _ = _scores_alone(refs, full, q_rope, 1, dyn, shape=shape)
+    return acc, scores, new_max, total
 
 
-def _first_scores(refs, full, q_rope, side, dyn, *, shape):
-    """[ROWS, BLOCK]: scores of this side's block, with nothing else in flight."""
+def _scores_alone(refs, full, q_rope, side, dyn, *, shape):
+    """[ROWS, BLOCK]: scores of this side's block, with nothing else in flight; and Q's RoPE columns in registers.
+
+    `q_rope` None: of a piece's first block. Q's RoPE columns are then read from shared memory, where they come last.
+    """
 
     def run(scores_ref):
+        rope = q_rope
         for half in ("left", "right") if side == 0 else ("right", "left"):
-            _scores(refs, full, q_rope, side, scores_ref, half, dyn, shape=shape)
-        return scores_ref[...]
+            _scores(refs, full, side, scores_ref, half, dyn)
+        if rope is None and shape.has_rope:
+            plgpu.barrier_wait(full["q_rope"])
+            rope = plgpu.load(refs["p1"], layout=WGMMA)  # bf16 [ROWS, 64]
+        _rope_scores(refs, rope, side, scores_ref, dyn, shape=shape)
+        return scores_ref[...], rope
 
     return pl.run_scoped(run, plgpu.ACC((ROWS, BLOCK), jnp.float32))
 
 
-def _store_result(side, acc, maximum, total, *, work, refs, outs, bar, ops, tile_index, shape):
+def _store_result(side, acc, maximum, total, *, work, refs, outs, bar, ops, tile_index, shape, dyn):
     """Normalises, and writes the result of an unsplit item or the partial result of a piece."""
     vectors = refs["vectors"]
     vectors[SUM0 + side] = total
@@ -251,7 +268,7 @@ def _store_result(side, acc, maximum, total, *, work, refs, outs, bar, ops, tile
                 store_lse(lse2 * mgpu.LN_2, out=outs["lse"], index=work.item)
             return
         # The last products read these two buffers; the other two are already being refilled.
-        staging = refs["left"].at[1] if side == 0 else refs["right"].at[0]
+        staging = refs["left"].at[1 + dyn] if side == 0 else refs["right"].at[0 + dyn]
         staging[...] = acc.astype(jnp.bfloat16)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(staging, outs["out"].at[work.item, rows, columns])
@@ -277,24 +294,24 @@ def _consumer(side, *, config, shape, part, tile_index, inputs, outs, refs, full
     scale2 = inputs["sm_scale"][0] * mgpu.LOG2_E
 
     def piece(index):
-        work = Work(shape, index, inputs["pieces"], inputs["seqlens"], inputs["table"])
-        room = work.room(work.first_block + side)
+        # With numbers that hang on the piece, addresses are not computed once, kept on the stack, and read back.
+        dyn = mgpu.opaque_zero(index)
         plgpu.barrier_wait(full["q"])
-        q_rope = plgpu.load(refs["p1"], layout=WGMMA) if shape.has_rope else None  # bf16 [ROWS, 64]
-        scores = _first_scores(refs, full, q_rope, side, 0, shape=shape)
+        work = Work.read(shape, inputs["table"], refs["numbers"], PIECES, lax.rem(index, 2) * Work.RECORD)
+        scores, q_rope = _scores_alone(refs, full, None, side, dyn, shape=shape)
         acc, maximum, total = _zero_carry()
         run = functools.partial(
-            step, work=work, refs=refs, full=full, bar=bar, ops=ops, scale2=scale2, q_rope=q_rope,
+            step, config=config, work=work, refs=refs, full=full, bar=bar, ops=ops, scale2=scale2, q_rope=q_rope,
             tile_index=tile_index, shape=shape,
         )  # fmt: skip
-        carry = (acc, scores, room, maximum, total)
+        carry = (acc, scores, maximum, total)
         carry = lax.fori_loop(0, work.num_pairs - 1, functools.partial(run, is_last=False), carry)
         acc, maximum, total = run(work.num_pairs - 1, carry, is_last=True)
         if side == 0 and shape.has_rope:
             bar.arrive("free_q_rope")  # the last read of P1, which lies in Q's rope tile
         _store_result(
             side, acc, maximum, total, work=work, refs=refs, outs=outs, bar=bar, ops=ops, tile_index=tile_index,
-            shape=shape,
+            shape=shape, dyn=dyn,
         )  # fmt: skip
         bar.arrive("free_left1" if side == 0 else "free_right0")
 
@@ -314,6 +331,8 @@ def _producer(*, config, shape, part, tile_index, inputs, refs, full, bar, ops):
 
     def fetch(half, side, work, block, pages):
         bar.wait(f"free_{half}{side}")
+        if (half, side) in FETCHED_FIRST:  # until this half was given back, the block before was masked by it
+            refs["numbers"][ROOM, side] = work.room(block, pages)
         for buffer, (first, width) in columns_of[half].items():
             for index, (page, row) in enumerate(pages):
                 plgpu.copy_gmem_to_smem(
@@ -324,23 +343,24 @@ def _producer(*, config, shape, part, tile_index, inputs, refs, full, bar, ops):
 
     def gather(half, side, work, block):
         bar.wait(f"free_{half}{side}")
+        if (half, side) in FETCHED_FIRST:
+            refs["numbers"][ROOM, side] = work.room(block)
         end_token = jnp.minimum(work.tokens, work.end_block * BLOCK)
         for buffer, (first, _) in columns_of[half].items():
             rows = mgpu.GatherRows(work.item, block * BLOCK, end_token, first)
-            # With the half that its reader frees, so that it is not overwritten too soon.
-            bias = refs["vectors"].at[BIAS0 + side] if (buffer, side) in (("left", 0), ("right", 1)) else None
-            ops.gather_rows(inputs["kv"], inputs["table"], refs[buffer].at[side], bias, rows)
+            absent = refs["numbers"].at[ABSENT0 + side] if (half, side) in FETCHED_FIRST and buffer == half else None
+            ops.gather_rows(inputs["kv"], inputs["table"], refs[buffer].at[side], absent, rows)
         plgpu.barrier_arrive(full[f"{half}{side}"])
 
+    def fetch_q(work, buffer, barrier, first, width):
+        bar.wait(f"free_{barrier}")
+        source = inputs["q"].at[work.item, pl.ds(tile_index * ROWS, ROWS), pl.ds(first, width)]
+        plgpu.copy_gmem_to_smem(source, buffer, full[barrier])
+
     def piece(index):
-        work = Work(shape, index, inputs["pieces"], inputs["seqlens"], inputs["table"])
-        rows = pl.ds(tile_index * ROWS, ROWS)
-        bar.wait("free_q")
-        plgpu.copy_gmem_to_smem(inputs["q"].at[work.item, rows, pl.ds(0, D_V)], refs["q"].at[0], full["q"])
-        if shape.has_rope:
-            bar.wait("free_q_rope")
-            rope = pl.ds(D_V, shape.d_qk - D_V)
-            plgpu.copy_gmem_to_smem(inputs["q"].at[work.item, rows, rope], refs["p1"], full["q"])
+        work = Work.of_plan(shape, index, inputs["pieces"], inputs["seqlens"], inputs["table"])
+        work.write(refs["numbers"], PIECES, lax.rem(index, 2) * Work.RECORD)
+        fetch_q(work, refs["q"].at[0], "q", 0, D_V)
 
         def pair(i):
             blocks = [work.first_block + 2 * i + side for side in (0, 1)]
@@ -351,6 +371,9 @@ def _producer(*, config, shape, part, tile_index, inputs, refs, full, bar, ops):
                     fetch(half, side, work, blocks[side], pages[side])
                 else:
                     gather(half, side, work, blocks[side])
+                if (half, side) == ("right", 1) and shape.has_rope:
+                    # Its place is P1's, which the piece before reads to its end.
+                    pl.when(i == 0)(lambda: fetch_q(work, refs["p1"], "q_rope", D_V, shape.d_qk - D_V))
 
         pl.loop(0, work.num_pairs)(pair)
 
@@ -436,7 +459,9 @@ def dense_decode(
         for half in ("left", "right")
         for side in (0, 1)
     }
-    full["q"] = plgpu.Barrier(num_arrivals=2 if shape.has_rope else 1)
+    full["q"] = plgpu.Barrier()
+    if shape.has_rope:
+        full["q_rope"] = plgpu.Barrier()
     scratch |= {"full": full, "handoffs": ops.barrier_scratch(handoffs(shape.producer_threads))}
     return launch(
         functools.partial(_kernel_body, shape=shape, config=config, ops=ops),

@@ -50,19 +50,44 @@ class Shape:
 
 
 class Work:
-    """One piece of the plan, as every warpgroup reads it."""
+    """One piece of the plan.
 
-    def __init__(self, shape, piece, pieces, seqlens, table):
-        self.shape, self.piece, self.table = shape, piece, table
-        self.item = pieces[piece, 0]
-        self.first_block = pieces[piece, 1]
-        self.is_split = pieces[piece, 3] > 1
-        self.tokens = jnp.clip(seqlens[self.item], 0, shape.capacity)
-        num_blocks = lax.div(self.tokens + (BLOCK - 1), jnp.int32(BLOCK))
-        self.end_block = jnp.minimum(pieces[piece, 2], num_blocks)
+    Attributes, int32 or bool `[]`:
+      piece: its number.
+      item: the request.
+      first_block, end_block: of the item's blocks.
+      is_split: whether the item has other pieces, so that this one's result is partial.
+      tokens: of the item.
+    """
+
+    RECORD = 8  # int32s that `write` fills, rounded up
+
+    def __init__(self, shape, table, piece, item, first_block, end_block, is_split, tokens):
+        self.shape, self.table, self.piece, self.item = shape, table, piece, item
+        self.first_block, self.end_block, self.is_split, self.tokens = first_block, end_block, is_split, tokens
         # At least one block and pair, even of an empty piece: they are absent, and the result comes out empty.
-        self.num_blocks = jnp.maximum(self.end_block - self.first_block, 1)
-        self.num_pairs = jnp.maximum(lax.div(self.end_block - self.first_block + 1, jnp.int32(2)), 1)
+        self.num_blocks = jnp.maximum(end_block - first_block, 1)
+        self.num_pairs = jnp.maximum(lax.div(end_block - first_block + 1, jnp.int32(2)), 1)
+
+    @classmethod
+    def of_plan(cls, shape, piece, pieces, seqlens, table):
+        """From the plan's arrays in GMEM: three reads, one after the other."""
+        item = pieces[piece, 0]
+        tokens = jnp.clip(seqlens[item], 0, shape.capacity)
+        end_block = jnp.minimum(pieces[piece, 2], lax.div(tokens + (BLOCK - 1), jnp.int32(BLOCK)))
+        return cls(shape, table, piece, item, pieces[piece, 1], end_block, pieces[piece, 3] > 1, tokens)
+
+    def write(self, numbers, row, first):
+        """Into numbers[row, first:first + RECORD], int32 in SMEM, for warpgroups that should not wait for GMEM."""
+        fields = (self.piece, self.item, self.first_block, self.end_block, jnp.int32(self.is_split), self.tokens)
+        for i, field in enumerate(fields):
+            numbers[row, first + i] = field
+
+    @classmethod
+    def read(cls, shape, table, numbers, row, first):
+        """What `write` wrote."""
+        piece, item, first_block, end_block, is_split, tokens = (numbers[row, first + i] for i in range(6))
+        return cls(shape, table, piece, item, first_block, end_block, is_split != 0, tokens)
 
     def pages(self, block):
         """[(page, first token in it)] of a block's chunks. A page that must not be read is `num_pages`: zeros come.
@@ -89,20 +114,22 @@ class Work:
             pages.append(place(is_real, page, lax.rem(token, jnp.int32(shape.page_size))))
         return pages
 
-    def room(self, block):
+    def room(self, block, pages=None):
         """Tokens from the block's start to the request's end, or 0 if some page of the block must not be read.
+
+        `pages`: of the block, where they have been read already.
 
         A block is free of masking if this is at least `BLOCK` and, in causal calls, `s_q - 1` more.
         """
         if not self.shape.uses_tma:
-            return jnp.int32(0)  # the producer knows, and says so in BIAS0 and BIAS1
+            return jnp.int32(0)  # the producer knows, and says so in `absent`
         room = self.tokens - block * BLOCK
-        for page, _ in self.pages(block):
+        for page, _ in pages or self.pages(block):
             room = jnp.where(page < self.shape.num_pages, room, 0)
         return room
 
-    def mask(self, scores, block, room, tile_index, bias, dyn, layout=WGMMA):
-        """-inf for keys that a row must not see. scores f32 [tile_rows, BLOCK], bias f32 [BLOCK] in SMEM.
+    def mask(self, scores, block, room, tile_index, absent, dyn, layout=WGMMA):
+        """-inf for keys that a row must not see. scores f32 [tile_rows, BLOCK], absent int32 [BLOCK] in SMEM.
 
         `layout` is that of the scores. `dyn` (`opaque_zero`) keeps the column and row numbers from being computed once
         and spilled.
@@ -115,8 +142,8 @@ class Work:
             visible = room
             masked = scores
             if not shape.uses_tma:
-                columns = plgpu.load(bias, layout=layout.reduce(0))  # [BLOCK]
-                masked = masked + lax.broadcast_in_dim(columns, masked.shape, [1])
+                is_absent = plgpu.load(absent, layout=layout.reduce(0)) != 0  # [BLOCK]
+                masked = jnp.where(lax.broadcast_in_dim(is_absent, masked.shape, [1]), none, masked)
                 visible = self.tokens - block * BLOCK
             elif shape.chunk < BLOCK:
                 # Some chunks of the block may be readable and others not.

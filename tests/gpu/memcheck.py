@@ -1,6 +1,7 @@
-"""What tests/gpu/sanitize.py runs of each kernel: `python -m tests.gpu.memcheck dense|sparse|others`."""
+"""What tests/gpu/sanitize.py runs of each kernel: `python -m tests.gpu.memcheck NAME`, a name of `KERNELS`."""
 
 import dataclasses
+import functools
 import sys
 
 import jax
@@ -28,12 +29,11 @@ def dense():
         )
 
 
-def sparse():
-    """Garbage in indices and lengths; each format with the kernel for few heads, one tile, a cluster of two."""
-    for fmt in (mla_jax.V32, mla_jax.MODEL1, mla_jax.BF16_576):
-        for heads in (9, 64, 128):
-            args = sparse_cases.build(dataclasses.replace(BASE, fmt=fmt, b=3, h=heads))
-            jax.block_until_ready(mla_jax.sparse_mla_decode(**args, implementation="mosaic", return_lse=True))
+def sparse(fmt):
+    """Garbage in indices and lengths; with the kernel for few heads, one tile, a cluster of two."""
+    for heads in (9, 64, 128):
+        args = sparse_cases.build(dataclasses.replace(BASE, fmt=fmt, b=3, h=heads))
+        jax.block_until_ready(mla_jax.sparse_mla_decode(**args, implementation="mosaic", return_lse=True))
 
 
 def others():
@@ -46,6 +46,12 @@ def others():
     jax.block_until_ready(jax.jit(engram.lookup)(table, jnp.asarray(ROWS)))
 
 
+KERNELS = {
+    **{f"sparse_{fmt.name}": functools.partial(sparse, fmt) for fmt in (mla_jax.V32, mla_jax.MODEL1, mla_jax.BF16_576)},
+    "dense": dense,
+    "others": others,
+}
+
 if __name__ == "__main__":
     print(jax.devices(), flush=True)
-    {"dense": dense, "sparse": sparse, "others": others}[sys.argv[1]]()
+    KERNELS[sys.argv[1]]()

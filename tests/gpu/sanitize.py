@@ -19,13 +19,13 @@ import shutil
 import subprocess
 import sys
 
-from tests.gpu import planted
+from tests.gpu import memcheck, planted
 
 ROOT = pathlib.Path(__file__).parents[2]
 NEAR_KIB, FAR_KIB = 5, 1 << 20  # of a 4 KiB array
 FOUND, FAILED = 7, "the run itself failed"  # --error-exitcode
-KERNELS = {name: [sys.executable, "-m", "tests.gpu.memcheck", name] for name in ("sparse", "dense", "others")}
-ORDERED_BY = {"dense": "named barriers", "sparse": "mbarrier", "others": "mbarrier"}  # a kind of planted.ORDERED
+KERNELS = {name: [sys.executable, "-m", "tests.gpu.memcheck", name] for name in memcheck.KERNELS}
+ORDERED_BY = {"dense": "named barriers"}  # a kind of planted.ORDERED; the others by mbarriers
 
 
 def environment() -> dict[str, str]:
@@ -84,25 +84,28 @@ def main() -> int:
         for name, command in KERNELS.items()
         for tool in (("memcheck",) if args.quick else ("memcheck", "racecheck"))
     ]
-    runs = [*kernel_runs, *planted_runs]  # the longest first
     results = []
+
+    def perform(how: tuple, what: dict) -> None:
+        outcome, text = run(*how)
+        results.append({"tool": how[0], **what, "outcome": outcome, "output": text})
+        print(f"{how[0]:10s} {' '.join(f'{key} {value}' for key, value in what.items()):40s} {outcome}", flush=True)
+        if "kernel" in what and outcome != "nothing":
+            print(text, flush=True)
+
     with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
-        for (how, what), (outcome, text) in zip(runs, pool.map(lambda run_: run(*run_[0]), runs), strict=True):
-            results.append({"tool": how[0], **what, "outcome": outcome, "output": text})
-            print(f"{how[0]:10s} {' '.join(f'{key} {value}' for key, value in what.items()):40s} {outcome}", flush=True)
-            if "kernel" in what and outcome != "nothing":
-                print(text)
+        list(pool.map(lambda one: perform(*one), [*kernel_runs, *planted_runs]))  # the longest first
     if args.out is not None:
         args.out.write_text(json.dumps(results, indent=1))
     misread = {r["planted"] for r in results if r.get("planted") in planted.ORDERED and r["outcome"] == "reported"}
 
     def says_nothing(result: dict) -> bool:
         """Of a race checker that reports a correct use of the kernel's own barriers."""
-        return result["tool"] == "racecheck" and ORDERED_BY[result["kernel"]] in misread
+        return result["tool"] == "racecheck" and ORDERED_BY.get(result["kernel"], "mbarrier") in misread
 
     for result in results:
         if "kernel" in result and result["outcome"] == "reported" and says_nothing(result):
-            kind = ORDERED_BY[result["kernel"]]
+            kind = ORDERED_BY.get(result["kernel"], "mbarrier")
             print(f"racecheck reports a correct use of {kind} too: what it reports of {result['kernel']} says nothing")
     kernels_clean = all(r["outcome"] == "nothing" or says_nothing(r) for r in results if "kernel" in r)
     sees = any(r.get("planted") == "load" and r["outcome"] == "reported" for r in results)

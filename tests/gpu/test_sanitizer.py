@@ -72,7 +72,7 @@ def test_a_report_is_told_from_silence_and_from_failure(monkeypatch):
     [
         ({("racecheck", "named barriers"), ("racecheck", "dense")}, 0),  # the tool reports what is right, too
         ({("racecheck", "dense")}, 1),
-        ({("racecheck", "named barriers"), ("racecheck", "sparse")}, 1),  # other barriers
+        ({("racecheck", "named barriers"), ("racecheck", "sparse_V32")}, 1),  # other barriers
         ({("racecheck", "named barriers"), ("memcheck", "dense")}, 1),
     ],
 )

@@ -168,12 +168,27 @@ PLANTED = {
         "    left_max = plgpu.load(refs[\"vectors\"].at[MAX0], layout=WGMMA_ROW)\n    bar.wait(\"max0\")",
     ),
     "Q is replaced while it is read": (
-        '        bar.wait("free_q")\n        plgpu.copy_gmem',
-        "        plgpu.copy_gmem",
+        '        bar.wait(f"free_{barrier}")\n        source = ',
+        '        if barrier != "q":\n            bar.wait(f"free_{barrier}")\n        source = ',
+    ),
+    "Q's RoPE columns replace P1 while it is read": (
+        '        bar.wait(f"free_{barrier}")\n        source = ',
+        '        if barrier == "q":\n            bar.wait(f"free_{barrier}")\n        source = ',
+    ),
+    "the next piece's record replaces this one's": (
+        "        work.write(refs[\"numbers\"], PIECES, lax.rem(index, 2) * Work.RECORD)\n",
+        "        work.write(refs[\"numbers\"], PIECES, 0 * index)\n",
+    ),
+    "a block's room is written before the block before has been masked": (
+        '        bar.wait(f"free_{half}{side}")\n        if (half, side) in FETCHED_FIRST:  # until this half was '
+        "given back, the block before was masked by it\n"
+        '            refs["numbers"][ROOM, side] = work.room(block, pages)\n',
+        '        if (half, side) in FETCHED_FIRST:\n            refs["numbers"][ROOM, side] = work.room(block, pages)\n'
+        '        bar.wait(f"free_{half}{side}")\n',
     ),
     "the result is staged in a buffer that is being refilled": (
-        "        staging = refs[\"left\"].at[1] if side == 0 else refs[\"right\"].at[0]\n",
-        "        staging = refs[\"left\"].at[0] if side == 0 else refs[\"right\"].at[1]\n",
+        "        staging = refs[\"left\"].at[1 + dyn] if side == 0 else refs[\"right\"].at[0 + dyn]\n",
+        "        staging = refs[\"left\"].at[0 + dyn] if side == 0 else refs[\"right\"].at[1 + dyn]\n",
     ),
 }
 QUICK_PLANTED = ("P0 is handed over before it is written", "P0 is not published to wgmma")
