@@ -14,6 +14,7 @@ import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax._src.lib.mlir import ir
 from jax._src.lib.mlir.dialects import arith, llvm
 from jax.experimental.mosaic.gpu import utils as mosaic_utils
@@ -69,7 +70,15 @@ ORDERED = {
         "ld.shared.b32 t, [a]; st.shared.b32 [a+256], t;",
     ),
 }
-KINDS = (*BODIES, "tma", *RACES, *ORDERED)
+# The barrier is the last 8 bytes of the shared memory: one warpgroup makes it, the other arrives at it.
+CLUSTER = "cluster barrier"
+_MAKE = "{ $P mbarrier.init.shared.b64 [$0+1016], 1; @p fence.mbarrier_init.release.cluster; }"
+_USE = "{ .reg .b64 w; $P mbarrier.arrive.shared.b64 w, [$0+1016]; }"
+_FIRST_OF_WARPGROUP = (
+    ".reg .pred p; .reg .b32 t; mov.u32 t, %tid.x; and.b32 t, t, 127; setp.eq.u32 p, t, 0; @p"
+)
+NO_FAULT = (*ORDERED, CLUSTER)
+KINDS = (*BODIES, "tma", *RACES, *NO_FAULT)
 
 
 def _text(kind: str) -> str:
@@ -107,8 +116,39 @@ def _body(kind: str, x, offset_kib, out, smem):
     out[...] = plgpu.load(smem.at[pl.ds(0, 128)], layout=plgpu.Layout.WG_STRIDED((128,), vec_size=1))
 
 
+def _cluster_body(x, offset_kib, out, smem, ready):
+    """What one warpgroup of a CTA makes, the other uses once both CTAs of the cluster have it."""
+    del x, offset_kib
+
+    def run(text):
+        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
+        def once(_, smem):
+            shared = llvm.ptrtoint(ir.IntegerType.get_signless(32), mosaic_utils.memref_ptr(smem))
+            mgpu.asm(text.replace("$P", _FIRST_OF_WARPGROUP), "r", shared)
+
+        once(smem)
+        plgpu.commit_smem()
+
+    @pl.when(lax.axis_index("group") == 0)
+    def _():
+        run(_MAKE)
+        plgpu.barrier_arrive(ready)
+
+    @pl.when(lax.axis_index("group") == 1)
+    def _():
+        plgpu.barrier_wait(ready)
+        run(_USE)
+        out[...] = plgpu.load(smem.at[pl.ds(0, 128)], layout=plgpu.Layout.WG_STRIDED((128,), vec_size=1))
+
+
 def kernel(kind: str):
     """(x int32 [4, 256], offset_kib int32 [1]) -> int32 [128]; offsets count KiB from x's beginning."""
+    if kind == CLUSTER:
+        ready = plgpu.ClusterBarrier(collective_axes=("cta",), num_arrivals=1)
+        return plgpu.kernel(
+            _cluster_body, out_type=_OUT, scratch_types=dict(smem=plgpu.SMEM((256,), jnp.int32), ready=ready),
+            cluster=(2,), cluster_names=("cta",), num_threads=2, thread_name="group",
+        )  # fmt: skip
     return plgpu.kernel(
         functools.partial(_body, kind), out_type=_OUT, scratch_types=dict(smem=plgpu.SMEM((256,), jnp.int32))
     )

@@ -25,6 +25,7 @@ def test_sanitizer():
 INSTRUCTIONS = {  # of the planted fault in the machine code, so that what is tested is what the name says
     "load": "LDG", "store": "STG", "cp.async": "LDGSTS", "bulk": "UBLKCP", "shared": "LDS", "tma": "UTMALDG",
     "race": "STS", "race cp.async": "LDGSTS", "named barriers": "BAR", "mbarrier": "SYNCS",
+    "cluster barrier": "SYNCS",
 }  # fmt: skip
 
 
@@ -73,6 +74,7 @@ def test_a_report_is_told_from_silence_and_from_failure(monkeypatch):
         ({("racecheck", "named barriers"), ("racecheck", "dense")}, 0),  # the tool reports what is right, too
         ({("racecheck", "dense")}, 1),
         ({("racecheck", "named barriers"), ("racecheck", "sparse_V32")}, 1),  # other barriers
+        ({("racecheck", "cluster barrier"), ("racecheck", "sparse_V32")}, 0),
         ({("racecheck", "named barriers"), ("memcheck", "dense")}, 1),
     ],
 )
