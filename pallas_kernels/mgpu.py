@@ -13,6 +13,7 @@ kernel that is proved:
 | `gather_rows` | `cp.async`, 16 bytes each | one plain copy a row |
 | `store_rows`, `store_row_values` | predicated stores from registers | plain stores of the rows that exist |
 | `any_positive` | a vote of the warpgroup (`bar.red.or`) | a plain reduction |
+| `any_below_one` | a vote of each warp (`vote.any`) | a plain reduction |
 | `scale_rows` | one multiplication a value | a plain product |
 
 Tensor memory, tcgen05 and their barriers, which SM90 does not have, need no substitution. The interpreter lacks wgmma
@@ -94,6 +95,15 @@ def opaque_zero(i: jax.Array) -> jax.Array:
 def rows_to_tile(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """[rows] -> [rows, columns], the same value along a row."""
     return lax.broadcast_in_dim(x, shape, [0])
+
+
+def raised(maximum: jax.Array, candidate: jax.Array, threshold: float) -> jax.Array:
+    """[rows]: what to scale scores by from now on: the maximum so far, unless a row's grew by more than `threshold`.
+
+    All are base-2 logarithms. Weights are then at most 2 ** threshold, which changes the last bits of float32 sums and
+    nothing else; and accumulators need no scaling anew in most steps.
+    """
+    return jnp.where(candidate > maximum + threshold, candidate, maximum)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -237,6 +247,16 @@ class Hardware:
             return mosaic.FragmentedArray.splat(found, (), is_signed=True)
 
         return vote(x) != 0
+
+    def rescale(self, accs: tuple[jax.Array, ...], factor: jax.Array) -> tuple[jax.Array, ...]:
+        """Accumulators [64, n] in WGMMA layout, each row times its factor in [0, 1], float32 [64] in WGMMA_ROW layout.
+
+        Warps all of whose factors are 1 skip it.
+        """
+        def scale():
+            return tuple(acc * rows_to_tile(factor, acc.shape) for acc in accs)
+
+        return lax.cond(self.any_below_one(factor), scale, lambda: accs)
 
     def any_below_one(self, x: jax.Array) -> jax.Array:
         """Whether a value of the calling warp's rows is below 1: bool `[]`. Each warp has an answer of its own, so what

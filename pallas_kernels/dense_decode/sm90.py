@@ -104,16 +104,6 @@ def _zero_carry(columns=HALF):
     return acc, maximum, total
 
 
-def _grown(maximum, scores_max, config):
-    """[ROWS]: the maximum to scale by from now on: the old one, unless scores are far beyond it."""
-    return jnp.where(scores_max > maximum + config.rescale_above, scores_max, maximum)
-
-
-def _rescale(acc, factor, ops):
-    """acc [ROWS, n] times factor [ROWS]: skipped by warps all of whose factors are 1, as most are."""
-    return lax.cond(ops.any_below_one(factor), lambda: acc * rows_to_tile(factor, acc.shape), lambda: acc)
-
-
 def _left_step(pair, carry, *, is_last, config, work, refs, full, bar, ops, scale2, q_rope, tile_index, shape):
     """One pair for the left consumer: P0, then O_left += P0 V0_left + P1 V1_left, then the next pair's scores 0."""
     acc, scores, maximum, total = carry  # [ROWS, HALF], [ROWS, BLOCK], [ROWS], [ROWS]
@@ -122,12 +112,12 @@ def _left_step(pair, carry, *, is_last, config, work, refs, full, bar, ops, scal
     if is_last:
         bar.arrive("free_q")
     scores = work.mask(scores, block, refs["numbers"][ROOM, 0], tile_index, refs["numbers"].at[ABSENT0], dyn)
-    new_max = _grown(maximum, scores.max(axis=1) * scale2, config)  # [ROWS]
+    new_max = mgpu.raised(maximum, scores.max(axis=1) * scale2, config.rescale_above)  # [ROWS]
     refs["vectors"][MAX0] = new_max
     rescale = jnp.exp2(maximum - new_max)  # [ROWS]
     p = jnp.exp2(scores * scale2 - rows_to_tile(new_max, scores.shape))  # [ROWS, BLOCK]
     p_bf16 = p.astype(jnp.bfloat16)
-    acc = _rescale(acc, rescale, ops)
+    (acc,) = ops.rescale((acc,), rescale)
     total = total * rescale + p.sum(axis=1)
     bar.arrive("max0")
     if is_last:
@@ -147,7 +137,7 @@ def _left_step(pair, carry, *, is_last, config, work, refs, full, bar, ops, scal
     bar.arrive("p0")
     # Read again, so that the 128 multiplications below are not scheduled before the arrival above.
     rescale = jnp.exp2(new_max - plgpu.load(refs["vectors"].at[MAX1], layout=WGMMA_ROW))  # [ROWS]
-    acc = _rescale(acc, rescale, ops)
+    (acc,) = ops.rescale((acc,), rescale)
     total = total * rescale
     if is_last:
         zero_rows(refs["left"].at[1], work, block + 1)
@@ -191,12 +181,12 @@ def _right_step(pair, carry, *, is_last, config, work, refs, full, bar, ops, sca
     own_max = scores.max(axis=1) * scale2  # [ROWS]
     bar.wait("max0")
     left_max = plgpu.load(refs["vectors"].at[MAX0], layout=WGMMA_ROW)  # [ROWS]
-    new_max = _grown(left_max, own_max, config)  # [ROWS]
+    new_max = mgpu.raised(left_max, own_max, config.rescale_above)  # [ROWS]
     refs["vectors"][MAX1] = new_max
     rescale = jnp.exp2(maximum - new_max)  # [ROWS]
     p = jnp.exp2(scores * scale2 - rows_to_tile(new_max, scores.shape))  # [ROWS, BLOCK]
     p_bf16 = p.astype(jnp.bfloat16)
-    acc = _rescale(acc, rescale, ops)
+    (acc,) = ops.rescale((acc,), rescale)
     total = total * rescale + p.sum(axis=1)
     bar.arrive("max1")
     refs["p1"][...] = p_bf16

@@ -23,7 +23,7 @@ MAX_REGISTERS = 512
 
 @dataclasses.dataclass(frozen=True)
 class SparseConfig:
-    """Choices about the SM90 kernel that change speed, never results.
+    """Choices about the SM90 kernel that change speed, and results by rounding only.
 
     Attributes:
       softmax_registers, value_registers, gather_registers, copy_registers: registers a thread of the four warpgroups.
@@ -31,6 +31,8 @@ class SparseConfig:
         both. Only where the number of tiles is even.
       few_heads: whether up to `FEW_HEADS` heads have the kernel whose products are no larger than they need
         (sm90_few.py, which has registers of its own).
+      rescale_threshold: by how much a row's maximum score, as a base-2 logarithm, may grow before O is rescaled, which
+        most blocks then skip; None: O is rescaled for every block, without a branch. Not of the kernel for few heads.
     """
 
     softmax_registers: int = 208
@@ -39,6 +41,7 @@ class SparseConfig:
     copy_registers: int = 40
     share_copies: bool = True
     few_heads: bool = True
+    rescale_threshold: float | None = None
 
     def __post_init__(self) -> None:
         registers = (self.softmax_registers, self.value_registers, self.gather_registers, self.copy_registers)
@@ -47,14 +50,20 @@ class SparseConfig:
                 f"registers of the four warpgroups must be multiples of 8 in [24, 240] whose sum is at most "
                 f"{MAX_REGISTERS} (more hangs at setmaxnreg), got {registers}"
             )
+        if self.rescale_threshold is not None:
+            _check_rescale_threshold(self.rescale_threshold)
 
 
 def heuristic(fmt: KVFormat, num_heads: int, extra_fmt: KVFormat | None = None) -> SparseConfig:
-    """For these formats of the main and the extra cache: registers with which ptxas spills in no loop."""
+    """For these formats of the main and the extra cache: registers with which ptxas spills in no loop.
+
+    On an H200, `rescale_threshold` 8 made MODEL1 1 to 3 % faster, and V32 1 % slower (docs/log.md).
+    """
     del num_heads
+    threshold = 8.0 if fmt.d_qk == fmt.d_v else None
     if fmt.is_quantized and extra_fmt is not None and not extra_fmt.is_quantized:
-        return SparseConfig(softmax_registers=200, gather_registers=96)
-    return SparseConfig()
+        return SparseConfig(softmax_registers=200, gather_registers=96, rescale_threshold=threshold)
+    return SparseConfig(rescale_threshold=threshold)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,8 +82,12 @@ class SparseConfigSm100:
     def __post_init__(self) -> None:
         if self.tile_heads not in (TILE_HEADS, PAIR_HEADS):
             raise ValueError(f"tile_heads must be {TILE_HEADS} or {PAIR_HEADS}, got {self.tile_heads}")
-        if not 0 <= self.rescale_threshold <= 16:
-            raise ValueError(f"rescale_threshold must be in [0, 16], got {self.rescale_threshold}")
+        _check_rescale_threshold(self.rescale_threshold)
+
+
+def _check_rescale_threshold(powers: float) -> None:
+    if not 0 <= powers <= 16:
+        raise ValueError(f"rescale_threshold must be in [0, 16], got {powers}")
 
 
 def sm100_heuristic(fmt: KVFormat, num_heads: int, extra_fmt: KVFormat | None = None) -> SparseConfigSm100:

@@ -114,6 +114,11 @@ def _scaled(acc, factor):
     return tuple(x * rows_to_tile(factor, x.shape) for x in acc)
 
 
+def _rescaled(acc, factor, config, ops):
+    """The same for factors of which most may be 1."""
+    return _scaled(acc, factor) if config.rescale_threshold is None else ops.rescale(acc, factor)
+
+
 def _no_values(fmt):
     """Accumulators of half of O."""
     return tuple(_zeros((TILE_HEADS, ACC_COLUMNS)) for _ in range(fmt.d_v // 2 // ACC_COLUMNS))
@@ -157,7 +162,9 @@ def _softmax_warpgroup(
         following = lax.rem(first_block + i + 1, jnp.int32(STAGES))
         bias = plgpu.load(rows.at[BIAS_ROW + stage], layout=WGMMA_COLUMN)  # [64 keys]
         s = s * scale2 + lax.broadcast_in_dim(bias, s.shape, [1])
-        new_top = jnp.maximum(top, s.max(axis=1))
+        highest = s.max(axis=1)
+        lazy = config.rescale_threshold is not None
+        new_top = mgpu.raised(top, highest, config.rescale_threshold) if lazy else jnp.maximum(top, highest)
         rescale = jnp.exp2(top - new_top)
         weights = jnp.exp2(s - rows_to_tile(new_top, s.shape))
         probabilities = weights.astype(jnp.bfloat16)
@@ -165,7 +172,7 @@ def _softmax_warpgroup(
         p[...] = probabilities
         rows[RESCALE_ROW] = rescale
         plgpu.barrier_arrive(p_ready)
-        acc = _scaled(acc, rescale)
+        acc = _rescaled(acc, rescale, config, ops)
         total = total * rescale + weights.sum(axis=1)
 
         products = functools.partial(_add_values, probabilities=probabilities, kv=kv, stage=stage, column=0)
@@ -216,7 +223,7 @@ def _softmax_warpgroup(
 
 
 def _value_warpgroup(
-    parts, pieces, lengths, results, *, fmt, tile, config, kv, p, rows, release, p_ready, p_free
+    parts, pieces, lengths, results, *, fmt, tile, config, ops, kv, p, rows, release, p_ready, p_free
 ):  # fmt: skip
     """The right half of O."""
     set_registers(config.value_registers)
@@ -231,7 +238,7 @@ def _value_warpgroup(
         probabilities = plgpu.load(p, layout=WGMMA)  # [64 heads, 64 keys]
         rescale = plgpu.load(rows.at[RESCALE_ROW], layout=WGMMA_ROW)  # [64]
         plgpu.barrier_arrive(p_free)
-        acc = _scaled(acc, rescale)
+        acc = _rescaled(acc, rescale, config, ops)
         products = functools.partial(_add_values, probabilities=probabilities, kv=kv, stage=stage, column=half)
         acc = pl.run_state(products)(tuple(map(plgpu.ACC.init, acc)))
         release(stage)
@@ -337,8 +344,8 @@ def _run(call, *, q, kv, p, rows, q_ready, full, empty, p_ready, p_free, copies_
     @pl.when(wg == VALUE)
     def _value():
         _value_warpgroup(
-            parts, pieces, lengths, call.results, fmt=fmt, tile=tile, config=config, kv=kv, p=p, rows=rows,
-            release=lambda stage: arrive("value", empty.at[stage]), p_ready=p_ready, p_free=p_free,
+            parts, pieces, lengths, call.results, fmt=fmt, tile=tile, config=config, ops=ops, kv=kv, p=p,
+            rows=rows, release=lambda stage: arrive("value", empty.at[stage]), p_ready=p_ready, p_free=p_free,
         )  # fmt: skip
 
     gathering = dict(scopes=call.scopes, ops=ops, kv=kv, rows=rows, empty=empty, copied=copied)

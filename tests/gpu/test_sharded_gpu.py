@@ -75,6 +75,7 @@ def test_sparse(axis, fmt):
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")  # of the indexer's kernels
 @pytest.mark.parametrize("axis", ["context", "heads"])
 @pytest.mark.parametrize("kind", ["v3", "v32", "ratio4", "ratio128"])
 def test_modules(axis, kind):
