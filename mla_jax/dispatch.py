@@ -55,6 +55,11 @@ class Implementation:
     is_kernel: bool = False  # lowers for CUDA alone
     is_exportable: bool = True  # jax.export vouches for what it lowers to
     proven_on: tuple[int, ...] | None = None  # major compute capabilities on which its tests have run; None: any
+    slow_from_jax: tuple[int, ...] | None = None  # the first jax with which it was measured to be slow
+
+    def is_slow_here(self) -> bool:
+        """Whether it has been measured to be slow with a jax like this one."""
+        return self.slow_from_jax is not None and jax.__version_info__[: len(self.slow_from_jax)] >= self.slow_from_jax
 
     def is_proven_on(self, target: Target) -> bool:
         return self.proven_on is None or target.capability is None or target.capability[0] in self.proven_on
@@ -166,6 +171,11 @@ def choices(implementation: Any, table: Sequence[Implementation], call: Any, con
         _log_once(
             f"{call.op} on {cuda.target} runs {cuda.implementation.name!r}, which was compiled for such a GPU and "
             "interpreted, but has not been run on one; check it with `mla-jax verify`, or name implementation='xla'"
+        )
+    if implementation is None and cuda.implementation and cuda.implementation.is_slow_here() and _local_cuda_device():
+        _log_once(
+            f"{call.op} runs {cuda.implementation.name!r}, which has been measured to be slower with jax "
+            f"{'.'.join(map(str, cuda.implementation.slow_from_jax or ()))} than with the one before: see docs/versions.md"
         )
     return cuda, other
 

@@ -7,10 +7,11 @@ The cycles of a block of 64 keys are those of its busiest unit: the tensor core,
 TMA, probabilities) or the instruction schedulers. They follow from the kernel's shapes, the instruction counts from its
 machine code (`mla-jax aot`). How many blocks the busiest CTA has follows from the very plan that the kernel would run.
 
-Two numbers are not derived. `SCHEDULE`, how much of its busiest unit's time a kernel uses, was fitted on one of the
-measured cases; tests/bench/test_model.py compares the others. `MEMORY` is what FlashMLA reached on the same GPU. For
-SM100, where nothing was measured, both are carried over from SM90, and so is the ratio of the clock under load to that
-of the data sheet: three assumptions, which the first measurement on a B200 will test (docs/sm100.md).
+Three numbers are not derived. `SCHEDULE`, how much of its busiest unit's time a kernel uses, was fitted on one of the
+measured cases; `PIECE_BLOCKS`, what a piece costs besides its blocks, was chosen with all of them in view;
+tests/bench/test_model.py compares. `MEMORY` is what FlashMLA reached on the same GPU. For SM100, where nothing was
+measured, all are carried over from SM90, and so is the ratio of the clock under load to that of the data sheet: four
+assumptions, which the first measurement on a B200 will test (docs/sm100.md).
 """
 
 from __future__ import annotations
@@ -29,8 +30,9 @@ from pallas_kernels.dense_decode import choose_sm100_config
 
 BLOCK = schedule.BLOCK_TOKENS
 
-SCHEDULE = 0.8743  # fitted: dense-b128-sq1-h128-sk16384, 926.2 us on an H200 (tests/bench/h200_times.jsonl)
-MEMORY = 0.90  # FlashMLA, b=128, h=16, s_k 4096: 4.16 of 4.61 TB/s on an H200 (docs/log.md)
+SCHEDULE = 0.9116  # fitted: dense-b128-sq1-h128-sk16384, 868.3 us on an H200 (tests/bench/h200_times.jsonl)
+PIECE_BLOCKS = 2.0  # first scores, last products and the result, which nothing of the next piece hides
+MEMORY = 0.89  # FlashMLA, b=128, h=16, s_k 4096: 4.18 of 4.69 TB/s on an H200 (docs/results/h200.jsonl)
 # What a kernel takes that finds nothing to do: the combine kernel over 16384 rows of which none was split, on an H100
 # (pallas_kernels/combine.py). Counted once for each kernel.
 KERNEL_US = 2.7
@@ -59,8 +61,8 @@ class Gpu:
     memory_tb_s: float
 
 
-# H200: measured in the run that the tests compare with: 800 TFLOP/s and 4.62 TB/s; data sheet: 989 and 4.8.
-H200_TFLOP_S, H200_TB_S = 800.5, 4.616
+# H200: measured in the run that the tests compare with: 811 TFLOP/s and 4.69 TB/s; data sheet: 989 and 4.8.
+H200_TFLOP_S, H200_TB_S = 811.3, 4.690
 _LOADED, _COPIED = H200_TFLOP_S / 989.4, H200_TB_S / 4.8
 H200 = Gpu("H200", 9, 132, 4096, 128, H200_TFLOP_S * 1e3 / (132 * 4096), H200_TB_S)
 # B200: data sheet, 2250 TFLOP/s and 8 TB/s, times the ratios of the H200. Nothing measured.
@@ -99,7 +101,7 @@ class Block:
 
 # Instructions of the loops over blocks for a block of 64 keys, a warp of each warpgroup, from `mla-jax aot` (SM100:
 # with the rare branches that scale the output and clear rows). tests/kernels/test_aot.py compiles and compares.
-INSTRUCTIONS = {"sm90": 740, "sm100, 64 rows": 1600, "sm100, 128 rows": 1350}
+INSTRUCTIONS = {"sm90": 562, "sm100, 64 rows": 1600, "sm100, 128 rows": 1350}
 
 
 def sm90_block(d_qk: int, d_v: int = 512) -> Block:
@@ -170,17 +172,16 @@ def predict(workload: Dense, gpu: Gpu) -> Prediction:
         padded_rows = -(-workload.s_q * workload.h // block.tile_rows) * block.tile_rows
         partial_bytes = split_pieces * padded_rows * workload.fmt.d_v * 4  # read: they are written while others decode
         combine_us = KERNEL_US + partial_bytes / (gpu.memory_tb_s * 1e6 * MEMORY)
-    # The LSE of rows that fill no tile is cut out by a kernel of its own.
-    kernels = 1 if workload.s_q * workload.h % schedule.TILE_ROWS == 0 else 2
-    return Prediction(units_us[bottleneck] + KERNEL_US * kernels + combine_us, units_us, bottleneck, combine_us)
+    # Decode and combine, which also looks for pieces where there are none.
+    return Prediction(units_us[bottleneck] + 2 * KERNEL_US + combine_us, units_us, bottleneck, combine_us)
 
 
 def _busiest_part(b, s_q, h, s_k, num_sms, align) -> tuple[float, int]:
-    """Blocks of the part that has most, with the planner's overhead a piece, and pieces of items that are cut."""
+    """Blocks of the part that has most, with what pieces cost besides, and pieces of items that are cut."""
     num_blocks = -(-s_k // BLOCK)
     parts, pieces, splits = plan((num_blocks,) * b, schedule.dense_parts(s_q, h, num_sms))
     size = np.minimum(pieces[:, 2], num_blocks) - pieces[:, 1]  # [max_pieces]
-    cost = -(-size // align) * align + schedule.PIECE_OVERHEAD_BLOCKS  # [max_pieces]
+    cost = -(-size // align) * align + PIECE_BLOCKS  # [max_pieces]
     return busiest(cost, parts), cut_pieces(splits)
 
 

@@ -50,16 +50,15 @@ def candidates(workload: Dense | Sparse, capability: tuple[int, int] = (9, 0)) -
         base: Any = dense_decode.choose_config(workload.page_size, contiguous=False)
         if dense_decode.config_type(capability) is not type(base):
             base = dense_decode.choose_sm100_config(workload.s_q * workload.h)
-        changes: list[dict[str, Any]] = [dict(overlap_combine=False)]
+        changes: list[dict[str, Any]] = [dict(overlap_combine=True)]
         changes += [dict(combine_rows=n) for n in (1, 2, 4, 8)]
-        changes += [dict(consumer_registers=c, producer_registers=p) for c, p in ((232, 40), (224, 56))]
     else:
         sparse_decode.config_type(capability)
         base = heuristic(workload.fmt, workload.h, workload.extra.fmt if workload.extra else None)
         changes = [
             dict(share_copies=False),
-            dict(softmax_registers=216, copy_registers=32),
-            dict(softmax_registers=216, gather_registers=96, copy_registers=24),
+            dict(rescale_threshold=8.0),
+            dict(rescale_threshold=None),
             dict(softmax_registers=200, gather_registers=96),
         ]
         if workload.h <= FEW_HEADS:  # the kernel that takes those has no registers to choose

@@ -21,11 +21,11 @@ PAGE = 64
 AXES = ("data", "heads", "context")
 
 
-def two_gpus(axis):
-    if len(jax.devices()) < 2:
-        pytest.skip("needs two GPUs")
-    sizes = [2 if name == axis else 1 for name in AXES]
-    mesh = jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:2])
+def gpus(axis, count):
+    if len(jax.devices()) < count:
+        pytest.skip(f"needs {count} GPUs")
+    sizes = [count if name == axis else 1 for name in AXES]
+    mesh = jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:count])
     return DecodeSharding(mesh, *AXES)
 
 
@@ -35,10 +35,11 @@ def assert_close(got, want, limit):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("count", [2, 4])
 @pytest.mark.parametrize("axis", AXES)
 @pytest.mark.parametrize("s_q", [1, 2])
-def test_dense(axis, s_q):
-    ds, rng, h = two_gpus(axis), np.random.default_rng(0), 128
+def test_dense(axis, s_q, count):
+    ds, rng, h = gpus(axis, count), np.random.default_rng(0), 128
     lengths = np.array([9000, 64, 3, 20_000], np.int32)
     num_pages = 1024
     table = ds.make_table(lengths, num_pages=num_pages, page_size=PAGE, seed=0)
@@ -53,10 +54,11 @@ def test_dense(axis, s_q):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("count", [2, 4])
 @pytest.mark.parametrize("axis", AXES)
 @pytest.mark.parametrize("fmt", [mla_jax.V32, mla_jax.MODEL1], ids=lambda fmt: fmt.name)
-def test_sparse(axis, fmt):
-    ds, rng, h, topk = two_gpus(axis), np.random.default_rng(1), 64, 2048
+def test_sparse(axis, fmt, count):
+    ds, rng, h, topk = gpus(axis, count), np.random.default_rng(1), 64, 2048
     b, num_pages = 4, 512
     own = num_pages * PAGE // ds.num_data  # slots of a data group
     group = np.arange(b) // (b // ds.num_data)
@@ -76,14 +78,15 @@ def test_sparse(axis, fmt):
 
 @pytest.mark.gpu
 @pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")  # of the indexer's kernels
+@pytest.mark.parametrize("count", [2, 4])
 @pytest.mark.parametrize("axis", ["context", "heads"])
 @pytest.mark.parametrize("kind", ["v3", "v32", "ratio4", "ratio128"])
-def test_modules(axis, kind):
+def test_modules(axis, kind, count):
     """A prompt, 8 tokens at a time since the indexer's kernel is unrolled over a step's queries, and one more token.
 
     Outputs are bfloat16 behind two projections: the bound is twice that of the ops.
     """
-    ds, b, s = two_gpus(axis), 4, 700
+    ds, b, s = gpus(axis, count), 4, 700
     if kind in ("v3", "v32"):
         changes = dict(index_topk=0, cache="bf16") if kind == "v3" else dict(index_topk=128)
         config, module, layer = nn.V32Config.small(num_heads=32, **changes), v32, 0
