@@ -173,9 +173,10 @@ def choices(implementation: Any, table: Sequence[Implementation], call: Any, con
             "interpreted, but has not been run on one; check it with `mla-jax verify`, or name implementation='xla'"
         )
     if implementation is None and cuda.implementation and cuda.implementation.is_slow_here() and _local_cuda_device():
+        version = ".".join(map(str, cuda.implementation.slow_from_jax or ()))
         _log_once(
-            f"{call.op} runs {cuda.implementation.name!r}, which has been measured to be slower with jax "
-            f"{'.'.join(map(str, cuda.implementation.slow_from_jax or ()))} than with the one before: see docs/versions.md"
+            f"{call.op} runs {cuda.implementation.name!r}, which has been measured to be slower with jax {version} "
+            "than with the one before: see docs/versions.md"
         )
     return cuda, other
 

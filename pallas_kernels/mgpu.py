@@ -106,6 +106,18 @@ def raised(maximum: jax.Array, candidate: jax.Array, threshold: float) -> jax.Ar
     return jnp.where(candidate > maximum + threshold, candidate, maximum)
 
 
+def rescale(accs: tuple[jax.Array, ...], factor: jax.Array, ops: Hardware) -> tuple[jax.Array, ...]:
+    """Accumulators [64, n] in WGMMA layout, each row times its factor in [0, 1], float32 [64] in WGMMA_ROW layout.
+
+    Warps all of whose factors are 1 skip it.
+    """
+
+    def scale():
+        return tuple(acc * rows_to_tile(factor, acc.shape) for acc in accs)
+
+    return lax.cond(ops.any_below_one(factor), scale, lambda: accs)
+
+
 @dataclasses.dataclass(frozen=True)
 class Handoff:
     """A barrier at which `arrive_threads` threads hand something to `wait_threads` others."""
@@ -247,16 +259,6 @@ class Hardware:
             return mosaic.FragmentedArray.splat(found, (), is_signed=True)
 
         return vote(x) != 0
-
-    def rescale(self, accs: tuple[jax.Array, ...], factor: jax.Array) -> tuple[jax.Array, ...]:
-        """Accumulators [64, n] in WGMMA layout, each row times its factor in [0, 1], float32 [64] in WGMMA_ROW layout.
-
-        Warps all of whose factors are 1 skip it.
-        """
-        def scale():
-            return tuple(acc * rows_to_tile(factor, acc.shape) for acc in accs)
-
-        return lax.cond(self.any_below_one(factor), scale, lambda: accs)
 
     def any_below_one(self, x: jax.Array) -> jax.Array:
         """Whether a value of the calling warp's rows is below 1: bool `[]`. Each warp has an answer of its own, so what

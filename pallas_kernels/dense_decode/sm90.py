@@ -117,7 +117,7 @@ def _left_step(pair, carry, *, is_last, config, work, refs, full, bar, ops, scal
     rescale = jnp.exp2(maximum - new_max)  # [ROWS]
     p = jnp.exp2(scores * scale2 - rows_to_tile(new_max, scores.shape))  # [ROWS, BLOCK]
     p_bf16 = p.astype(jnp.bfloat16)
-    (acc,) = ops.rescale((acc,), rescale)
+    (acc,) = mgpu.rescale((acc,), rescale, ops)
     total = total * rescale + p.sum(axis=1)
     bar.arrive("max0")
     if is_last:
@@ -137,7 +137,7 @@ def _left_step(pair, carry, *, is_last, config, work, refs, full, bar, ops, scal
     bar.arrive("p0")
     # Read again, so that the 128 multiplications below are not scheduled before the arrival above.
     rescale = jnp.exp2(new_max - plgpu.load(refs["vectors"].at[MAX1], layout=WGMMA_ROW))  # [ROWS]
-    (acc,) = ops.rescale((acc,), rescale)
+    (acc,) = mgpu.rescale((acc,), rescale, ops)
     total = total * rescale
     if is_last:
         zero_rows(refs["left"].at[1], work, block + 1)
@@ -186,7 +186,7 @@ def _right_step(pair, carry, *, is_last, config, work, refs, full, bar, ops, sca
     rescale = jnp.exp2(maximum - new_max)  # [ROWS]
     p = jnp.exp2(scores * scale2 - rows_to_tile(new_max, scores.shape))  # [ROWS, BLOCK]
     p_bf16 = p.astype(jnp.bfloat16)
-    (acc,) = ops.rescale((acc,), rescale)
+    (acc,) = mgpu.rescale((acc,), rescale, ops)
     total = total * rescale + p.sum(axis=1)
     bar.arrive("max1")
     refs["p1"][...] = p_bf16

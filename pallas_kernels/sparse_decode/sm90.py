@@ -116,7 +116,7 @@ def _scaled(acc, factor):
 
 def _rescaled(acc, factor, config, ops):
     """The same for factors of which most may be 1."""
-    return _scaled(acc, factor) if config.rescale_threshold is None else ops.rescale(acc, factor)
+    return _scaled(acc, factor) if config.rescale_threshold is None else mgpu.rescale(acc, factor, ops)
 
 
 def _no_values(fmt):
