@@ -30,7 +30,7 @@ Shared memory, bytes | 64 rows              | 128 rows
 Q                    |  73 728              |  65 536 (this CTA's half)
 K, two blocks        | 147 456              | 147 456
 P                    |   8 192              |  -
-vectors, absent      |   2 048              |   2 048
+vectors, numbers     |   2 048              |   2 048
 sum of 232 448       | 231 424              | 215 040
 
 The result is staged where Q was. docs/sm100.md has the schedule and the model of its performance.
@@ -58,11 +58,13 @@ HALF = 256  # output columns of a CTA, for 128 rows
 PART_COLUMNS = 64  # of O or Q in registers at a time, for 128 rows
 NATIVE = plgpu.Layout.TCGEN05_TMEM_NATIVE  # one row of 128 a thread
 FACTOR, LSE = range(2)  # rows of `vectors`
+PIECES, ROOM, ABSENT = range(3)  # rows of `numbers`, the last for each stage
 LAUNCHED_REGISTERS = mgpu.MAX_REGISTERS // 3
 # A thread of softmax, products and producer, by rows of a tile. What several warpgroups use (addresses) must lie in
 # registers that each of them has, and softmax needs 128 of those where it scales the output: with more for softmax and
 # fewer for the others, ptxas keeps addresses on the stack (docs/log.md).
 REGISTERS = {64: (184, 152, 168), 128: (192, 160, 152)}
+REGISTERS_WITHOUT_TMA = {64: (176, 168, 160), 128: (192, 160, 152)}
 
 
 class Design:
@@ -74,6 +76,8 @@ class Design:
         self.halves = tile_rows // 64
         self.columns = D_V // self.halves  # of the output, in a CTA
         self.q_in_tmem = self.p_in_tmem = tile_rows == 128
+        # Whether softmax has numbers of the plan and the table from the producer. With 128 rows ptxas spills then.
+        self.is_told = tile_rows == 64
         # M=64 products want 8 tile columns of at most half of their N, which is 64 for the scores.
         self.swizzle_bytes = 64 if tile_rows == 64 else 128
         # Registers: of scores and of output rows while they are scaled; of results on their way to memory.
@@ -104,8 +108,9 @@ class Design:
             # A result of the same size is staged in it.
             "q": tile((self.rows, self.columns), swizzle_bytes=self.swizzle_bytes),
             "vectors": plgpu.SMEM((2, self.rows), jnp.float32),
-            # Of rows that are gathered one by one: 1 for tokens that are no keys, else 0.
-            "absent": plgpu.SMEM((STAGES, BLOCK), jnp.int32),
+            # What the producer tells: of pieces, of a stage's block how many tokens it has (`Work.room`), and which
+            # rows are no keys.
+            "numbers": plgpu.SMEM((2 + STAGES, BLOCK), jnp.int32),
         }
         for group, width in self.groups.items():
             buffers[group] = tile((STAGES, BLOCK, width), swizzle_bytes=self.swizzle_bytes)
@@ -136,7 +141,7 @@ class Design:
         ordered = functools.partial(plgpu.Barrier, orders_tensor_core=True)
         q_copies = 2 if "rope" in self.groups and not self.q_in_tmem else 1
         found = {
-            "q": plgpu.Barrier(num_arrivals=q_copies),  # producer -> product: Q is in shared memory
+            "q": plgpu.Barrier(num_arrivals=q_copies),  # producer -> all: Q and the piece's record are in shared memory
             "free_q": plgpu.Barrier(),  # softmax -> producer: Q's place may be overwritten
             "q_tmem": ordered(),  # softmax -> product: Q is in TMEM
             "scores": ordered(),  # product -> softmax: scores are complete
@@ -189,6 +194,7 @@ def _products(*, shape, design, part, inputs, refs, bars, ops):
         plgpu.tcgen05_commit_arrive(bars["out"])
 
     def piece(index, count):
+        # Read from the plan: a warp alone reads no numbers from shared memory. Nothing waits for it but Q.
         work = Work.of_plan(shape, index, inputs["pieces"], inputs["seqlens"], inputs["table"])
         plgpu.barrier_wait(bars["q"])
         if design.q_in_tmem:
@@ -249,13 +255,17 @@ def _softmax_step(i, carry, *, work, count, design, config, tile_index, refs, ba
     maximum, total = carry  # [rows] each; the maximum is of base-2 scores
     scale_rows = _scale_rows(design, ops)
     block, stage = work.first_block + i, _stage(count + i)
-    room = work.room(block)  # its loads come back while the scores are computed
+    if design.is_told:
+        plgpu.barrier_wait(bars[f"full_{list(design.groups)[-1]}"].at[stage])
+        room = refs["numbers"][ROOM, stage]
+    else:
+        room = work.room(block)  # its loads come back while the scores are computed
     plgpu.barrier_wait(bars["scores"])
     scores = plgpu.async_load_tmem(refs["scores"], layout=design.layout)  # f32 [rows, BLOCK]
     plgpu.wait_load_tmem()
     plgpu.barrier_arrive(bars["free_scores"])
     dyn = mgpu.opaque_zero(i)
-    scores = work.mask(scores, block, room, tile_index, refs["absent"].at[stage], dyn, design.layout)
+    scores = work.mask(scores, block, room, tile_index, refs["numbers"].at[ABSENT + stage], dyn, design.layout)
     row_max = scores.max(axis=1) * scale2  # [rows]
     # Weights may exceed 1 as long as float32 sums do not mind: what was added so far is seldom scaled.
     grown = row_max - (maximum + config.rescale_above)  # [rows]
@@ -346,7 +356,11 @@ def _softmax(*, shape, design, config, part, tile_index, half, inputs, outs, ref
     plgpu.barrier_arrive(bars["free_q"])
 
     def piece(index, count):
-        work = Work.of_plan(shape, index, inputs["pieces"], inputs["seqlens"], inputs["table"])
+        if design.is_told:
+            plgpu.barrier_wait(bars["q"])
+            work = Work.read(shape, inputs["table"], refs["numbers"].at[PIECES], index)
+        else:
+            work = Work.of_plan(shape, index, inputs["pieces"], inputs["seqlens"], inputs["table"])
         if design.q_in_tmem:
             _load_q(work, design=design, half=half, tile_index=tile_index, inputs=inputs, refs=refs)
             plgpu.barrier_arrive(bars["q_tmem"])
@@ -377,11 +391,13 @@ def _producer(*, shape, design, part, tile_index, half, inputs, refs, bars, ops)
     def fetch(group, width, work, block, stage):
         plgpu.barrier_wait(bars[f"free_{group}"].at[stage])
         first = design.first_column(group, half)
+        is_last = group == list(design.groups)[-1]  # freed when the scores have been masked
+        if is_last and design.is_told:
+            refs["numbers"][ROOM, stage] = work.room(block)
         if not shape.uses_tma:
             end_token = jnp.minimum(work.tokens, work.end_block * BLOCK)
             rows = mgpu.GatherRows(work.item, block * BLOCK, end_token, first, design.swizzle_bytes)
-            # With the group that is freed last, when the scores have been masked.
-            absent = refs["absent"].at[stage] if group == list(design.groups)[-1] else None
+            absent = refs["numbers"].at[ABSENT + stage] if is_last else None
             ops.gather_rows(inputs["kv"], inputs["table"], refs[group].at[stage], absent, rows)
             plgpu.barrier_arrive(bars[f"full_{group}"].at[stage])
             return
@@ -396,6 +412,8 @@ def _producer(*, shape, design, part, tile_index, half, inputs, refs, bars, ops)
         work = Work.of_plan(shape, index, inputs["pieces"], inputs["seqlens"], inputs["table"])
         rows = pl.ds(tile_index * design.rows, design.rows)
         columns = pl.ds(half * design.columns, design.columns)
+        if design.is_told:
+            work.write(refs["numbers"].at[PIECES])
         plgpu.barrier_wait(bars["free_q"])
         plgpu.copy_gmem_to_smem(inputs["q"].at[work.item, rows, columns], refs["q"], bars["q"])
         if not design.q_in_tmem and shape.has_rope:
@@ -448,7 +466,8 @@ def _kernel_body(inputs, outs, *, shape, design, config, ops, **scratch):
             plgpu.set_max_registers(registers, action="increase" if grows else "decrease")
         role()
 
-    for number, (role, registers) in enumerate(zip(roles, REGISTERS[design.rows], strict=True)):
+    splits = REGISTERS if shape.uses_tma else REGISTERS_WITHOUT_TMA
+    for number, (role, registers) in enumerate(zip(roles, splits[design.rows], strict=True)):
         pl.when(group == number)(functools.partial(play, role, registers))
 
 

@@ -287,7 +287,7 @@ def _consumer(side, *, config, shape, part, tile_index, inputs, outs, refs, full
         # With numbers that hang on the piece, addresses are not computed once, kept on the stack, and read back.
         dyn = mgpu.opaque_zero(index)
         plgpu.barrier_wait(full["q"])
-        work = Work.read(shape, inputs["table"], refs["numbers"], PIECES, lax.rem(index, 2) * Work.RECORD)
+        work = Work.read(shape, inputs["table"], refs["numbers"].at[PIECES], index)
         scores, q_rope = _scores_alone(refs, full, None, side, dyn, shape=shape)
         acc, maximum, total = _zero_carry()
         run = functools.partial(
@@ -349,7 +349,7 @@ def _producer(*, config, shape, part, tile_index, inputs, refs, full, bar, ops):
 
     def piece(index):
         work = Work.of_plan(shape, index, inputs["pieces"], inputs["seqlens"], inputs["table"])
-        work.write(refs["numbers"], PIECES, lax.rem(index, 2) * Work.RECORD)
+        work.write(refs["numbers"].at[PIECES])
         fetch_q(work, refs["q"].at[0], "q", 0, D_V)
 
         def pair(i):

@@ -60,7 +60,7 @@ class Work:
       tokens: of the item.
     """
 
-    RECORD = 8  # int32s that `write` fills, rounded up
+    RECORD = 8  # int32s that `write` fills, rounded up; two records lie side by side, of even and odd pieces
 
     def __init__(self, shape, table, piece, item, first_block, end_block, is_split, tokens):
         self.shape, self.table, self.piece, self.item = shape, table, piece, item
@@ -77,16 +77,17 @@ class Work:
         end_block = jnp.minimum(pieces[piece, 2], lax.div(tokens + (BLOCK - 1), jnp.int32(BLOCK)))
         return cls(shape, table, piece, item, pieces[piece, 1], end_block, pieces[piece, 3] > 1, tokens)
 
-    def write(self, numbers, row, first):
-        """Into numbers[row, first:first + RECORD], int32 in SMEM, for warpgroups that should not wait for GMEM."""
+    def write(self, records):
+        """Into `records`, int32 in SMEM, for warps that should not wait for GMEM."""
         fields = (self.piece, self.item, self.first_block, self.end_block, jnp.int32(self.is_split), self.tokens)
         for i, field in enumerate(fields):
-            numbers[row, first + i] = field
+            records[lax.rem(self.piece, 2) * self.RECORD + i] = field
 
     @classmethod
-    def read(cls, shape, table, numbers, row, first):
+    def read(cls, shape, table, records, piece):
         """What `write` wrote."""
-        piece, item, first_block, end_block, is_split, tokens = (numbers[row, first + i] for i in range(6))
+        first = lax.rem(piece, 2) * cls.RECORD
+        piece, item, first_block, end_block, is_split, tokens = (records[first + i] for i in range(6))
         return cls(shape, table, piece, item, first_block, end_block, is_split != 0, tokens)
 
     def pages(self, block):

@@ -60,10 +60,11 @@ def heuristic(fmt: KVFormat, num_heads: int, extra_fmt: KVFormat | None = None) 
     On an H200, `rescale_threshold` 8 made MODEL1 1 to 3 % faster, and V32 1 % slower (docs/log.md).
     """
     del num_heads
-    threshold = 8.0 if fmt.d_qk == fmt.d_v else None
+    if fmt.d_qk == fmt.d_v:
+        return SparseConfig(rescale_threshold=8.0)
     if fmt.is_quantized and extra_fmt is not None and not extra_fmt.is_quantized:
-        return SparseConfig(softmax_registers=200, gather_registers=96, rescale_threshold=threshold)
-    return SparseConfig(rescale_threshold=threshold)
+        return SparseConfig(softmax_registers=200, gather_registers=96)
+    return SparseConfig()
 
 
 @dataclasses.dataclass(frozen=True)
