@@ -69,22 +69,30 @@ def compile_chain(
 
 
 def compile_all(
-    workloads: Sequence[Workload], configs: Sequence[Any] | None = None, *, jobs: int = 1, **options: Any
+    workloads: Sequence[Workload],
+    configs: Sequence[Any] | None = None,
+    *,
+    jobs: int = 1,
+    on_compiled: Callable[[int, int], None] = lambda done, total: None,
+    **options: Any,
 ) -> list[timer.CompiledChain | str]:
     """Compiles each workload's chain, in `jobs` processes if above 1: tracing a kernel takes seconds of Python.
 
-    Returns the chains, or for one that failed the reason. `configs` has one for each workload; `options` are the others
-    of `compile_chain`.
+    Returns the chains, or for one that failed the reason. `configs` has one for each workload; `on_compiled` is called
+    with how many are done, in order, and how many there are; `options` are the others of `compile_chain`.
     """
     configs = [None] * len(workloads) if configs is None else configs
     if jobs > 1:
         # New processes, not forks: CUDA does not survive those. They end before anything is timed.
         try:
             with concurrent.futures.ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
-                done = list(pool.map(functools.partial(_compile_elsewhere, **options), workloads, configs))
+                done = []
+                for chain in pool.map(functools.partial(_compile_elsewhere, **options), workloads, configs):
+                    done.append(chain)
+                    on_compiled(len(done), len(workloads))
             return [
-                chain if isinstance(chain, str) else timer.deserialize_chain(workload, chain)
-                for workload, chain in zip(workloads, done, strict=True)
+                found if isinstance(found, str) else timer.deserialize_chain(workload, found)
+                for workload, found in zip(workloads, done, strict=True)
             ]
         except Exception as error:  # a worker died, or this jax cannot load what another process compiled
             warnings.warn(f"compiling in one process instead of {jobs}: {_text(error)}", stacklevel=2)
@@ -94,6 +102,7 @@ def compile_all(
             chains.append(compile_chain(workload, config=config, **options))
         except Exception as error:  # whatever a kernel raises: it belongs into the report
             chains.append(_text(error))
+        on_compiled(len(chains), len(workloads))
     return chains
 
 

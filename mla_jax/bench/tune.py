@@ -82,11 +82,11 @@ Candidates = Mapping[Any, "timer.CompiledChain | str"]
 
 
 def compile_candidates(
-    workloads: Sequence[Dense | Sparse], capability: tuple[int, int] = (9, 0), *, jobs: int = 1
+    workloads: Sequence[Dense | Sparse], capability: tuple[int, int] = (9, 0), **options: Any
 ) -> Sequence[Candidates]:
-    """Of each workload, in `jobs` processes."""
+    """Of each workload. `options`: `jobs` and `on_compiled` of `runner.compile_all`."""
     pairs = [(workload, config) for workload in workloads for config in candidates(workload, capability)]
-    chains = runner.compile_all(*zip(*pairs, strict=True), jobs=jobs, implementation="mosaic")
+    chains = runner.compile_all(*zip(*pairs, strict=True), implementation="mosaic", **options)
     found: list[dict[Any, timer.CompiledChain | str]] = [{} for _ in workloads]
     of = {id(workload): configs for workload, configs in zip(workloads, found, strict=True)}
     for (workload, config), chain in zip(pairs, chains, strict=True):
@@ -143,15 +143,15 @@ def tune(
     capability: tuple[int, int],
     jax_version: str,
     rounds: int = 5,
-    jobs: int = 1,
     on_done: Callable[[Measured], None] = lambda _: None,
+    **options: Any,
 ) -> tuning.Table:
     """Measures every workload's candidates; a table with an entry a bucket, the default's where nothing is better.
 
-    `jobs` processes compile before anything is measured.
+    All are compiled before anything is measured: `options` are those of `compile_candidates`.
     """
     buckets: dict[tuning.Bucket, list[Measured]] = {}
-    for workload, compiled in zip(workloads, compile_candidates(workloads, capability, jobs=jobs), strict=True):
+    for workload, compiled in zip(workloads, compile_candidates(workloads, capability, **options), strict=True):
         result = measure(workload, compiled, rounds=rounds)
         buckets.setdefault(bucket_of(workload), []).append(result)
         on_done(result)

@@ -11,7 +11,7 @@ import jax
 
 from mla_jax.bench import workloads
 from mla_jax.cli import CommandError
-from mla_jax.cli.progress import Progress
+from mla_jax.cli.progress import LINES, Progress
 from mla_jax.cli.table import print_table
 
 if TYPE_CHECKING:
@@ -52,6 +52,10 @@ def run(args: argparse.Namespace) -> int:
     with Progress(len(chosen)) as progress:
         progress.print("        compiling every candidate")
 
+        def on_compiled(done: int, total: int) -> None:
+            if done * LINES // total > (done - 1) * LINES // total:
+                progress.print(f"        {done} of {total} compiled")
+
         def on_done(measured: Measured) -> None:
             nonlocal done
             done += 1
@@ -67,6 +71,7 @@ def run(args: argparse.Namespace) -> int:
                 jax_version=jax.__version__,
                 rounds=args.rounds,
                 jobs=args.jobs,
+                on_compiled=on_compiled,
                 on_done=on_done,
             )
         except (NotImplementedError, RuntimeError) as error:  # no kernel for this GPU; a measurement that is none

@@ -215,9 +215,12 @@ def test_compiling_here_where_loading_fails(monkeypatch):
 def test_compiling_in_other_processes():
     impossible = Dense(name="impossible", b=1, s_q=1, h=1, s_k=64, page_size=0)
     good = plan(DENSE)
-    chain, reason = runner.compile_all([good, impossible], jobs=2, calls=2)
+    done = []
+    chain, reason = runner.compile_all([good, impossible], jobs=2, calls=2, on_compiled=lambda *x: done.append(x))
+    assert done == [(1, 2), (2, 2)]
     assert chain.calls == 2
     np.testing.assert_array_equal(timer.Chain(chain, inputs.build(good)).run()[0][0], 0)
     assert reason.startswith("ZeroDivisionError")
-    (again,) = runner.compile_all([impossible])
+    (again,) = runner.compile_all([impossible], on_compiled=lambda *x: done.append(x))
+    assert done[2:] == [(1, 1)]
     assert again == reason
