@@ -54,6 +54,16 @@ def random_call(fmt=mla_jax.BF16_576, **shapes):
     return samples.dense_call(np.random.default_rng(0), fmt, **shapes)
 
 
+def growing_call(h):
+    """Scores that grow by more than `rescale_above` from block to block, for some rows, by less, and shrink again."""
+    call = random_call(b=1, s_q=1, h=h, page_size=64, max_pages=5, lengths=[300])
+    data = np.array(call["cache"].data)
+    table = np.asarray(call["block_table"])
+    for block, growth in enumerate((1, 40, 5, 80, 2)):
+        data[table[0, block], :, 512:] *= growth
+    return call | {"cache": call["cache"].replace(jnp.asarray(data))}
+
+
 def with_bad_pages(call):
     table = np.array(call["block_table"])
     table[0, 0], table[-1, -1] = -7, 2**30
@@ -124,6 +134,10 @@ def test_equals_reference(case):
 
 # A request in pieces and one that is whole; rows that fill no group of 8.
 FLOAT32 = dict(b=2, s_q=1, h=9, page_size=64, max_pages=5, lengths=[300, 60]), dict(num_parts=2)
+
+
+def test_maximum_grows():
+    check(growing_call(4), num_parts=1)
 
 
 def test_float32_results():

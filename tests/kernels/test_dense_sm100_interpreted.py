@@ -7,8 +7,6 @@ No SM100 GPU was at hand: this, and the machine code (test_aot.py), is all that 
 import inspect
 import types
 
-import jax.numpy as jnp
-import numpy as np
 import pytest
 
 import mla_jax
@@ -20,6 +18,7 @@ from tests.kernels.test_dense_interpreted import (
     check,
     check_float32,
     decode,
+    growing_call,
     random_call,
     with_bad_pages,
 )
@@ -76,13 +75,7 @@ def test_float32_results(h):
 @pytest.mark.slow
 @pytest.mark.parametrize("h", [4, 68])
 def test_maximum_grows(h):
-    """Scores that grow by more than `rescale_above` from block to block, for some rows, and shrink again."""
-    call = random_call(b=1, s_q=1, h=h, page_size=64, max_pages=5, lengths=[300])
-    data = np.array(call["cache"].data)
-    table = np.asarray(call["block_table"])
-    for block, growth in enumerate((1, 40, 5, 80, 2)):
-        data[table[0, block], :, 512:] *= growth
-    check(call | {"cache": call["cache"].replace(jnp.asarray(data))}, num_parts=1, module=sm100)
+    check(growing_call(h), num_parts=1, module=sm100)
 
 
 # -- planted mistakes ------------------------------------------------------------------------------------------------

@@ -92,6 +92,25 @@ def every_index(fmt, **shapes):
     return call | {"cache": samples.random_cache(rng, fmt, 9, 7)}
 
 
+def growing_call(h):
+    """O is rescaled in some blocks only: scores of later blocks are far above, just above and below earlier ones."""
+    call = every_index(mla_jax.BF16_512, h=h, topk=448)
+    data = np.asarray(call["cache"].data, np.float32)  # [pages, page size, d]
+    rng = np.random.default_rng(5)
+    indices = rng.permutation(data.shape[0] * data.shape[1])[: 7 * 64 // 8]
+    indices = np.repeat(indices, 8)[: 7 * 64]  # [448]
+    factors = np.repeat([0.01, 1.0, 1.05, 0.5, 30.0, 31.0, 0.1], 8)  # of 8 slots a block
+    flat = data.reshape(-1, data.shape[-1])
+    flat[indices[::8]] *= factors[:, None]
+    call["cache"] = mla_jax.PagedKVCache(jnp.asarray(data, jnp.bfloat16), mla_jax.BF16_512, call["cache"].page_size)
+    call["indices"] = jnp.asarray(indices.reshape(1, 1, -1), jnp.int32)
+    return call
+
+
+def test_maximum_that_grows_and_shrinks():
+    check(growing_call(MANY), num_sms=1)
+
+
 QUICK = ("v32_sink_topk_length", "garbage_model1")
 
 

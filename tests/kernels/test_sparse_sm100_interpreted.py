@@ -26,7 +26,15 @@ from pallas_kernels import formats
 from pallas_kernels.sparse_decode import gather, sm100, sm100_pair
 from pallas_kernels.sparse_decode.config import TILE_HEADS, Scope, sm100_heuristic
 from tests import golden_files, samples
-from tests.kernels.test_sparse_interpreted import PAIRS, check, check_float32, decode, every_index, golden_call
+from tests.kernels.test_sparse_interpreted import (
+    PAIRS,
+    check,
+    check_float32,
+    decode,
+    every_index,
+    golden_call,
+    growing_call,
+)
 
 
 @pytest.mark.slow  # 10 s each
@@ -106,18 +114,7 @@ def test_halves_of_a_key(fmt):
 @pytest.mark.slow  # 20 s, 60 s
 @pytest.mark.parametrize("h", [8, 72])
 def test_maximum_that_grows_and_shrinks(h):
-    """O is rescaled in some blocks only: scores of later blocks are far above, just above and below earlier ones."""
-    call = every_index(mla_jax.BF16_512, h=h, topk=448)
-    data = np.asarray(call["cache"].data, np.float32)  # [pages, page size, d]
-    rng = np.random.default_rng(5)
-    indices = rng.permutation(data.shape[0] * data.shape[1])[: 7 * 64 // 8]
-    indices = np.repeat(indices, 8)[: 7 * 64]  # [448]
-    factors = np.repeat([0.01, 1.0, 1.05, 0.5, 30.0, 31.0, 0.1], 8)  # of 8 slots a block
-    flat = data.reshape(-1, data.shape[-1])
-    flat[indices[::8]] *= factors[:, None]
-    call["cache"] = mla_jax.PagedKVCache(jnp.asarray(data, jnp.bfloat16), mla_jax.BF16_512, call["cache"].page_size)
-    call["indices"] = jnp.asarray(indices.reshape(1, 1, -1), jnp.int32)
-    check(call, module=sm100, num_sms=1)
+    check(growing_call(h), module=sm100, num_sms=1)
 
 
 # -- rows of the cache -----------------------------------------------------------------------------------------------
