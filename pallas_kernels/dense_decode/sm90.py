@@ -5,7 +5,7 @@ blocks of its pieces in pairs. Three warpgroups:
 
 * the *left* consumer scores block 0 of a pair and accumulates columns 0..255 of the output over both blocks;
 * the *right* consumer scores block 1 and accumulates columns 256..511;
-* the *producer* keeps TMA loads in flight.
+* the *producer* keeps TMA loads in flight, and alone reads the plan, the lengths and the table.
 
 Each consumer therefore needs the other's probabilities (P0 and P1, through shared memory) and a common running maximum
 (through two rows of shared memory). The two run half a step apart, so that one's softmax hides under the other's
@@ -214,7 +214,7 @@ def _right_step(pair, carry, *, is_last, config, work, refs, full, bar, ops, sca
 
 
 def _scores_alone(refs, full, q_rope, side, dyn, *, shape):
-    """[ROWS, BLOCK]: scores of this side's block, with nothing else in flight; and Q's RoPE columns in registers.
+    """Scores [ROWS, BLOCK] of this side's block, with nothing else in flight; and Q's RoPE columns in registers.
 
     `q_rope` None: of a piece's first block. Q's RoPE columns are then read from shared memory, where they come last.
     """
@@ -239,7 +239,7 @@ def _store_result(side, acc, maximum, total, *, work, refs, outs, bar, ops, tile
     bar.meet("sums")
     total = total + plgpu.load(vectors.at[SUM1 - side], layout=WGMMA_ROW)  # [ROWS]
     is_empty = total == 0.0  # [ROWS]: no key was seen
-    # Every weight is at most 1 and the largest is 1, so the sum is 0 or at least 1.
+    # The weight by which a row's maximum was last moved is 1, so the sum is 0 or at least 1.
     acc = acc * rows_to_tile(1.0 / jnp.maximum(total, 0.5), acc.shape)  # [ROWS, HALF]
     rows = pl.ds(tile_index * ROWS, ROWS)
     columns = pl.ds(side * HALF, HALF)
