@@ -64,7 +64,7 @@ LAUNCHED_REGISTERS = mgpu.MAX_REGISTERS // 3
 # registers that each of them has, and softmax needs 128 of those where it scales the output: with more for softmax and
 # fewer for the others, ptxas keeps addresses on the stack (docs/log.md).
 REGISTERS = {64: (184, 152, 168), 128: (192, 160, 152)}
-REGISTERS_WITHOUT_TMA = {64: (176, 168, 160), 128: (192, 160, 152)}
+REGISTERS_WITHOUT_TMA = REGISTERS | {64: (176, 168, 160)}
 
 
 class Design:

@@ -1,9 +1,9 @@
-"""compute-sanitizer over the kernels, and over planted faults first: what it reports, and where it is blind.
+"""compute-sanitizer over the kernels and over planted faults: what it reports, and where it is blind.
 
     python -m tests.gpu.sanitize [--quick] [--jobs N] [--out FILE]      from the repository's root
 
 Every fault of tests/gpu/planted.py runs under the tool that should see it, near its array (1 KiB behind) and far from
-it (1 GiB); then the SM90 kernels run under memcheck and racecheck. A clean report on a kernel means no more than the
+it (1 GiB); the SM90 kernels run under memcheck and racecheck. A clean report on a kernel means no more than the
 faults of the same kind that were found, and a race in a kernel no more than that a correct use of its barriers was not
 reported. Exit status 1: a kernel is reported in earnest, or the tool saw not even a far plain read.
 """
@@ -25,8 +25,9 @@ ROOT = pathlib.Path(__file__).parents[2]
 NEAR_KIB, FAR_KIB = 5, 1 << 20  # of a 4 KiB array
 FOUND, FAILED = 7, "the run itself failed"  # --error-exitcode
 KERNELS = {name: [sys.executable, "-m", "tests.gpu.memcheck", name] for name in memcheck.KERNELS}
-# By what a kernel orders what racecheck reports, a kind of planted.NO_FAULT; the rest uses mbarriers.
-ORDERED_BY = {"dense": "named barriers"} | {name: planted.CLUSTER for name in KERNELS if name.startswith("sparse")}
+# By what a kernel orders what racecheck may report: a kind of planted.NO_FAULT.
+ORDERED_BY = {name: planted.CLUSTER if name.startswith("sparse") else "mbarrier" for name in KERNELS}
+ORDERED_BY["dense"] = "named barriers"
 
 
 def environment() -> dict[str, str]:
@@ -102,11 +103,11 @@ def main() -> int:
 
     def says_nothing(result: dict) -> bool:
         """Of a race checker that reports a correct use of the kernel's own barriers."""
-        return result["tool"] == "racecheck" and ORDERED_BY.get(result["kernel"], "mbarrier") in misread
+        return result["tool"] == "racecheck" and ORDERED_BY[result["kernel"]] in misread
 
     for result in results:
         if "kernel" in result and result["outcome"] == "reported" and says_nothing(result):
-            kind = ORDERED_BY.get(result["kernel"], "mbarrier")
+            kind = ORDERED_BY[result["kernel"]]
             print(f"racecheck reports a correct use of {kind} too: what it reports of {result['kernel']} says nothing")
     kernels_clean = all(r["outcome"] == "nothing" or says_nothing(r) for r in results if "kernel" in r)
     sees = any(r.get("planted") == "load" and r["outcome"] == "reported" for r in results)

@@ -220,8 +220,7 @@ def test_planted_mistake_is_found(what):
     exec(compile(source.replace(right, wrong), "planted", "exec"), module.__dict__)
     # The last two pieces are of one pair: their records follow each other at once.
     call = random_call(b=4, s_q=1, h=64, page_size=64, max_pages=6, lengths=[384, 300, 40, 40])
-    # Depending on what the threads do first, the detector reports, the barrier protocol breaks, or, seldom, a later
-    # handoff happens to order it.
+    # Depending on what the threads do first, the detector reports, or the barrier protocol breaks.
     with pytest.raises(Exception, match=r"race|no threads observed"):
-        for _ in range(8):
+        for _ in range(interpreter.TRIES):
             decode(call, num_parts=1, module=module)

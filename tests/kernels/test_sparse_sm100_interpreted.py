@@ -26,6 +26,7 @@ from pallas_kernels import formats
 from pallas_kernels.sparse_decode import gather, sm100, sm100_pair
 from pallas_kernels.sparse_decode.config import TILE_HEADS, Scope, sm100_heuristic
 from tests import golden_files, samples
+from tests.kernels import interpreter
 from tests.kernels.test_sparse_interpreted import (
     PAIRS,
     check,
@@ -224,7 +225,6 @@ QUICK_PLANTED = (1, 3)
 # Depending on what the threads do first, the detector reports, a stage is read as what it is not, or the barrier
 # protocol breaks.
 FOUND = "saw a race|RACE DETECTED|alias group|no threads observed"
-TRIES = 8  # S overwritten too early is seen in two runs of three: in the others a later handoff happens to order it
 
 WAIT_FOR_VALUES = """        @pl.when(i > 0)
         def _():
@@ -282,7 +282,7 @@ PLANTED_IN_PAIR = {
 def test_planted_mistake_is_found(what):
     call = every_index(mla_jax.MODEL1, h=4, topk=200)
     with pytest.raises(Exception, match=FOUND):
-        for _ in range(TRIES):
+        for _ in range(interpreter.TRIES):
             decode(call, num_sms=1, module=planted(sm100, PLANTED[what]))
 
 
@@ -293,7 +293,7 @@ def test_planted_mistake_in_a_pair_is_found(what, monkeypatch):
     call = samples.sparse_call(np.random.default_rng(0), mla_jax.BF16_512, b=2, s_q=1, h=65, topk=200)
     del call["topk_length"]
     with pytest.raises(Exception, match=FOUND):
-        for _ in range(TRIES):
+        for _ in range(interpreter.TRIES):
             decode(call, num_sms=2, module=sm100)
 
 
