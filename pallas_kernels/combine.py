@@ -22,10 +22,9 @@ from pallas_kernels import mgpu
 # Vectors that a CTA loads before it waits for the first: rows * pieces. 16 vectors of 4 floats a thread are 64
 # registers, and hide the latency of one.
 VECTORS_IN_FLIGHT = 16
-# With few rows one CTA a row fills the GPU; with many, CTAs cost more than they do (11 us against 2.7 us for 16384
-# rows, 8 a CTA, on an H100).
-MANY_ROWS = 2112
-ROWS_WHEN_MANY = 8
+# (rows of all items, rows of a CTA) from there on. With few rows one CTA a row fills the GPU; with many, CTAs cost more
+# than they do: on an H100 11 us against 2.7 us for 16384 rows, 8 a CTA. The limits are measured (docs/log.md).
+ROWS_PER_CTA = ((2048, 8), (1024, 2), (0, 1))
 
 NEVER = -1e30  # stands in for a maximum of -inf: exp2(-inf - NEVER) is 0, exp2(-inf + inf) is not
 
@@ -59,15 +58,12 @@ def combine(
     """
     items, rows = len(out), min(x.shape[1] for x in (out, lse, partial_out, partial_lse2))
     if rows_per_cta is None:
-        rows_per_cta = ROWS_WHEN_MANY if items * rows >= MANY_ROWS else 1
+        rows_per_cta = next(each for least, each in ROWS_PER_CTA if items * rows >= least)
     out_ref, lse_ref = jax.new_ref(out), jax.new_ref(lse)
     operands = (partial_out, partial_lse2, splits) + (() if attn_sink is None else (attn_sink,))
 
     def body(*refs):
-        _merge_rows(
-            *refs, out_ref=out_ref, lse_ref=lse_ref, num_rows=rows, rows_per_cta=rows_per_cta,
-            ops=mgpu.operations(interpret),
-        )  # fmt: skip
+        _merge_rows(*refs, out_ref=out_ref, lse_ref=lse_ref, num_rows=rows, rows_per_cta=rows_per_cta)
 
     plgpu.kernel(
         body,
@@ -91,7 +87,6 @@ def _merge_rows(
     lse_ref,  # f32 [items, rows or more]
     num_rows,
     rows_per_cta,
-    ops,
 ):
     """One CTA: `rows_per_cta` rows of one item, all pieces."""
     d_v = partial_out.shape[-1]
@@ -101,8 +96,7 @@ def _merge_rows(
     first_row = lax.axis_index("rows") * rows_per_cta
     # Behind the last row there is padding to read, but nothing to write.
     rows = [jnp.minimum(first_row + r, num_rows - 1) for r in range(rows_per_cta)]
-    first, behind = splits[item], splits[item + 1]  # of the plan, which is older than the kernel that is waited for
-    ops.wait_for_primary()
+    first, behind = splits[item], splits[item + 1]
 
     @pl.when(behind - first > 1)
     def _():

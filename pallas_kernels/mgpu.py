@@ -8,7 +8,6 @@ kernel that is proved:
 |---|---|---|
 | `barriers` | named barriers (`bar.arrive`, `bar.sync`), no memory | one `plgpu.Barrier` each |
 | `publish_smem` | proxy fence, ordered by the named barrier that follows | `plgpu.commit_smem` (fence and barrier) |
-| `launch_dependents`, `wait_for_primary` | griddepcontrol | nothing: kernels run one after the other |
 | `producer_warp` | one warp of the warpgroup | the warpgroup as one thread |
 | `gather_rows` | `cp.async`, 16 bytes each | one plain copy a row |
 | `store_rows`, `store_row_values` | predicated stores from registers | plain stores of the rows that exist |
@@ -193,14 +192,6 @@ class Hardware:
             nvvm.fence_proxy(nvvm.ProxyKind.async_shared, space=nvvm.SharedSpace.shared_cta)
 
         fence()
-
-    def launch_dependents(self) -> None:
-        """Lets the next kernel of the stream start its prologue (programmatic dependent launch)."""
-        plgpu.griddepcontrol_launch_dependents()
-
-    def wait_for_primary(self) -> None:
-        """Waits until the previous kernel's writes are visible."""
-        plgpu.griddepcontrol_wait()
 
     def gather_rows(self, source: Any, table: Any, dst: Any, absent: Any, rows: GatherRows) -> None:
         """Copies one row per token from anywhere into a tile: for pages too small or odd for TMA.
@@ -499,12 +490,6 @@ class Interpreted(Hardware):
 
     def publish_smem(self):
         plgpu.commit_smem()
-
-    def launch_dependents(self):
-        pass
-
-    def wait_for_primary(self):
-        pass
 
     def gather_rows(self, source, table, dst, absent, rows):
         num_pages, page_size, _ = source.shape

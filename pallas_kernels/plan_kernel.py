@@ -58,7 +58,8 @@ class Problem:
     Attributes:
       num_items, num_parts: as in `schedule.py`.
       scopes: of the arrays of lengths; an item has the blocks of all of them, and `fixed_blocks` more.
-      block_tokens, overhead, align, most_blocks, to_the_end: constants of `schedule.py`; what it clamps blocks to.
+      block_tokens, overhead, merging, align, most_blocks, to_the_end: constants of `schedule.py`; what it clamps blocks
+        to.
     """
 
     num_items: int
@@ -67,6 +68,7 @@ class Problem:
     fixed_blocks: int
     block_tokens: int
     overhead: int
+    merging: int
     align: int
     most_blocks: int
     to_the_end: int
@@ -171,6 +173,8 @@ def make_plan(m: Any, problem: Problem, lengths: Sequence[Any], out: dict[str, A
     # Threads behind the last cut see the one before it, as that cut does; they count nothing, since it is at the end.
     both = near_new + even_new * 2**16  # two sums in one: there are at most 1023 cuts
     count, num_new, (near_work, even_work) = _scan(m, both, (near_work, even_work), scratch["work"])
+    near_work += m.where((num_new & 0xFFFF) > 0, problem.merging, 0)
+    even_work += m.where(num_new // 2**16 > 0, problem.merging, 0)
     is_even = even_work <= near_work + near_work // 64
 
     def chosen(near, even):

@@ -38,9 +38,11 @@ TILE_ROWS = 64  # query rows (s_q * heads) of one CTA of the dense kernel
 H100_SMS = 132  # H100 SXM and H200; a plan for fewer SMs than the GPU has is correct, only slower
 B200_SMS = 148  # B200 and B300
 
-# What a piece costs beside its blocks (prologue, epilogue), in blocks. FlashMLA's scheduler uses the same figure; the
-# prototype's epilogue and prologue took 4 to 6 block times on an H100.
-PIECE_OVERHEAD_BLOCKS = 5
+# What a piece costs beside its blocks (prologue, epilogue), in blocks. Chosen by measurement and model (docs/log.md);
+# FlashMLA's scheduler has 5.
+PIECE_OVERHEAD_BLOCKS = 2
+# What it costs that anything is cut, in blocks: the combine kernel then has partial results to merge.
+MERGE_BLOCKS = 2
 # The dense kernel works on pairs of blocks: cuts at even blocks waste no half pair.
 CUT_ALIGN_BLOCKS = 2
 
@@ -254,8 +256,8 @@ def problem_of(scopes: tuple[Scope, ...], fixed_blocks: int, num_items: int, num
     """The static facts of a balanced plan, with the constants of this module."""
     return Problem(
         num_items, num_parts, scopes, fixed_blocks, block_tokens=BLOCK_TOKENS, overhead=PIECE_OVERHEAD_BLOCKS,
-        align=CUT_ALIGN_BLOCKS, most_blocks=_most_blocks(num_items, num_parts, PIECE_OVERHEAD_BLOCKS),
-        to_the_end=TO_THE_END,
+        merging=MERGE_BLOCKS, align=CUT_ALIGN_BLOCKS, to_the_end=TO_THE_END,
+        most_blocks=_most_blocks(num_items, num_parts, PIECE_OVERHEAD_BLOCKS),
     )  # fmt: skip
 
 
@@ -321,11 +323,12 @@ def _balanced(num_blocks, num_parts, overhead):
         return jnp.where(at_end, num_items, item + moved.astype(jnp.int32)), jnp.where(at_end | moved, 0, cut)
 
     def most_work(cut):
-        """[parts + 1] -> []: cost of the busiest part."""
+        """[parts + 1] -> []: cost of the busiest part, and of merging if anything is cut."""
         cut_item, cut_block = place(cut)  # [parts + 1] each
         line = cut_block + jnp.where(cut_item < num_items, (end - cost)[cut_item], end[-1])  # [parts + 1]
         # The line holds one overhead at each item's end; a piece that ends inside an item adds another.
-        return jnp.max(line[1:] - line[:-1] + jnp.where(cut_block > 0, overhead, 0)[1:])
+        work = jnp.max(line[1:] - line[:-1] + jnp.where(cut_block > 0, overhead, 0)[1:])
+        return work + jnp.where(jnp.any(cut_block > 0), MERGE_BLOCKS, 0)
 
     # Where both are about as good, "even" makes fewer pieces of several items, and "near" of one.
     near_work = most_work(near)

@@ -30,9 +30,9 @@ from pallas_kernels.dense_decode import choose_sm100_config
 
 BLOCK = schedule.BLOCK_TOKENS
 
-SCHEDULE = 0.9116  # fitted: dense-b128-sq1-h128-sk16384, 868.3 us on an H200 (tests/bench/h200_times.jsonl)
+SCHEDULE = 0.92787  # fitted: dense-b128-sq1-h128-sk16384, 888.9 us on an H200 (tests/bench/h200_times.jsonl)
 PIECE_BLOCKS = 2.0  # first scores, last products and the result, which nothing of the next piece hides
-MEMORY = 0.89  # FlashMLA, b=128, h=16, s_k 4096: 4.18 of 4.69 TB/s on an H200 (docs/results/h200.jsonl)
+MEMORY = 0.88  # FlashMLA, b=128, h=16, s_k 4096: 4.07 of 4.62 TB/s on an H200 (docs/results/h200.jsonl)
 # What a kernel takes that finds nothing to do: the combine kernel over 16384 rows of which none was split, on an H100
 # (pallas_kernels/combine.py). Counted once for each kernel.
 KERNEL_US = 2.7
@@ -61,8 +61,8 @@ class Gpu:
     memory_tb_s: float
 
 
-# H200: measured in the run that the tests compare with: 811 TFLOP/s and 4.69 TB/s; data sheet: 989 and 4.8.
-H200_TFLOP_S, H200_TB_S = 811.3, 4.690
+# H200: measured in the run that the tests compare with: 776 TFLOP/s and 4.62 TB/s; data sheet: 989 and 4.8.
+H200_TFLOP_S, H200_TB_S = 775.6, 4.6189
 _LOADED, _COPIED = H200_TFLOP_S / 989.4, H200_TB_S / 4.8
 H200 = Gpu("H200", 9, 132, 4096, 128, H200_TFLOP_S * 1e3 / (132 * 4096), H200_TB_S)
 # B200: data sheet, 2250 TFLOP/s and 8 TB/s, times the ratios of the H200. Nothing measured.
@@ -169,8 +169,8 @@ def predict(workload: Dense, gpu: Gpu) -> Prediction:
     bottleneck = max(units_us, key=lambda unit: units_us[unit])
     combine_us = 0.0
     if split_pieces:
-        padded_rows = -(-workload.s_q * workload.h // block.tile_rows) * block.tile_rows
-        partial_bytes = split_pieces * padded_rows * workload.fmt.d_v * 4  # read: they are written while others decode
+        # Read: they are written while others decode.
+        partial_bytes = split_pieces * workload.s_q * workload.h * workload.fmt.d_v * 4
         combine_us = KERNEL_US + partial_bytes / (gpu.memory_tb_s * 1e6 * MEMORY)
     # Decode and combine, which also looks for pieces where there are none.
     return Prediction(units_us[bottleneck] + 2 * KERNEL_US + combine_us, units_us, bottleneck, combine_us)

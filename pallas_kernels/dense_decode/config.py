@@ -22,15 +22,12 @@ class DenseConfig:
       rescale_above: how far, in powers of two, scores may grow beyond the maximum that they are scaled by before the
         accumulator is scaled anew.
       combine_rows: query rows that one CTA of the combine kernel merges; None lets it choose.
-      overlap_combine: launch the combine kernel early (programmatic dependent launch). No gain has been seen of it;
-        with it, kernels on jax 0.12 took 2.3 to 3.2 times as long (docs/log.md).
     """
 
     consumer_registers: int = 240
     producer_registers: int = 24
     rescale_above: float = 8.0
     combine_rows: int | None = None
-    overlap_combine: bool = False
 
     def __post_init__(self) -> None:
         for name in ("consumer_registers", "producer_registers"):
@@ -56,13 +53,11 @@ class DenseSm100Config:
       rescale_above: how far, in powers of two, scores may grow beyond the maximum that they are scaled by before the
         accumulator is scaled anew.
       combine_rows: query rows that one CTA of the combine kernel merges; None lets it choose.
-      overlap_combine: as in `DenseConfig`.
     """
 
     tile_rows: int
     rescale_above: float = 8.0
     combine_rows: int | None = None
-    overlap_combine: bool = False
 
     def __post_init__(self) -> None:
         if self.tile_rows not in (64, 128):

@@ -446,8 +446,6 @@ def _producer(*, shape, design, part, tile_index, half, inputs, refs, bars, ops)
 
 def _kernel_body(inputs, outs, *, shape, design, config, ops, **scratch):
     bars = scratch.pop("bars")
-    if config.overlap_combine:
-        ops.launch_dependents()
     common = {
         "shape": shape, "design": design, "part": lax.axis_index("part"), "inputs": inputs, "refs": scratch,
         "bars": bars,

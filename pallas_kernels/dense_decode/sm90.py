@@ -153,15 +153,10 @@ def _left_step(pair, carry, *, is_last, config, work, refs, full, bar, ops, scal
         acc_ref, scores_ref = acc_and_scores
         plgpu.wgmma(acc_ref, refs["p1"], refs["left"].at[1 + dyn])
         # Given back before the next block is waited for: its second half would else be asked for when the first has
-        # come, and a pair would take two latencies. Where several tiles read a block, the products are what counts, and
-        # these two follow each other without a gap.
-        if shape.tiles == 1:
-            plgpu.wgmma_wait(0)
-            bar.arrive("free_left1")
+        # come, and a pair would take two latencies.
+        plgpu.wgmma_wait(0)
+        bar.arrive("free_left1")
         _scores(refs, full, 0, scores_ref, "left", dyn)
-        if shape.tiles > 1:
-            plgpu.wgmma_wait(1)
-            bar.arrive("free_left1")
         _scores(refs, full, 0, scores_ref, "right", dyn)
         _rope_scores(refs, q_rope, 0, scores_ref, dyn, shape=shape)
 
@@ -386,8 +381,6 @@ def _producer(*, config, shape, part, tile_index, inputs, refs, full, bar, ops):
 def _kernel_body(inputs, outs, *, shape, config, ops, **scratch):
     handoff_refs, full = scratch.pop("handoffs"), scratch.pop("full")
     bar = ops.barriers(handoffs(shape.producer_threads), handoff_refs)
-    if config.overlap_combine:
-        ops.launch_dependents()
     common = {
         "config": config, "shape": shape, "part": lax.axis_index("part"), "tile_index": lax.axis_index("tile"),
         "inputs": inputs, "refs": scratch, "full": full, "bar": bar, "ops": ops,
