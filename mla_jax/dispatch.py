@@ -55,11 +55,13 @@ class Implementation:
     is_kernel: bool = False  # lowers for CUDA alone
     is_exportable: bool = True  # jax.export vouches for what it lowers to
     proven_on: tuple[int, ...] | None = None  # major compute capabilities on which its tests have run; None: any
-    slow_from_jax: tuple[int, ...] | None = None  # the first jax with which it was measured to be slow
+    loses_registers_from_jax: tuple[int, ...] | None = None  # the first jax that does that on SM90 (docs/versions.md)
 
-    def is_slow_here(self) -> bool:
-        """Whether it has been measured to be slow with a jax like this one."""
-        return self.slow_from_jax is not None and jax.__version_info__[: len(self.slow_from_jax)] >= self.slow_from_jax
+    def loses_registers_on(self, target: Target) -> bool:
+        """Whether a jax like this one compiles it without the registers that it asks for, which makes it slow."""
+        first = self.loses_registers_from_jax
+        on_sm90 = target.capability is not None and target.capability[0] == 9
+        return on_sm90 and first is not None and jax.__version_info__[: len(first)] >= first
 
     def is_proven_on(self, target: Target) -> bool:
         return self.proven_on is None or target.capability is None or target.capability[0] in self.proven_on
@@ -172,11 +174,16 @@ def choices(implementation: Any, table: Sequence[Implementation], call: Any, con
             f"{call.op} on {cuda.target} runs {cuda.implementation.name!r}, which was compiled for such a GPU and "
             "interpreted, but has not been run on one; check it with `mla-jax verify`, or name implementation='xla'"
         )
-    if implementation is None and cuda.implementation and cuda.implementation.is_slow_here() and _local_cuda_device():
-        version = ".".join(map(str, cuda.implementation.slow_from_jax or ()))
+    if (
+        implementation is None
+        and cuda.implementation
+        and cuda.implementation.loses_registers_on(cuda.target)
+        and _local_cuda_device() is not None
+    ):
+        version = ".".join(map(str, cuda.implementation.loses_registers_from_jax or ()))
         _log_once(
-            f"{call.op} runs {cuda.implementation.name!r}, which has been measured to be slower with jax {version} "
-            "than with the one before: see docs/versions.md"
+            f"{call.op} runs {cuda.implementation.name!r}, which jax {version} compiles without the registers that it "
+            f"asks for: it is right, but up to 3 times as slow as with jax < {version} (docs/versions.md)"
         )
     return cuda, other
 

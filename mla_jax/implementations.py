@@ -174,14 +174,16 @@ def _sparse_triton(call: SparseCall, target: Target, config: Any, x: SparseOpera
 
 DENSE = (
     Implementation(
-        "mosaic", _check_dense_mosaic, _dense_mosaic, is_kernel=True, proven_on=(9,), slow_from_jax=(0, 12)
+        "mosaic", _check_dense_mosaic, _dense_mosaic, is_kernel=True, proven_on=(9,), loses_registers_from_jax=(0, 12)
     ),
     Implementation("triton", _check_triton, _dense_triton, is_kernel=True, is_exportable=False, proven_on=(9,)),
     Implementation("xla", _check_xla, _dense_xla),
 )
 
 SPARSE = (
-    Implementation("mosaic", _check_sparse_mosaic, _sparse_mosaic, is_kernel=True, proven_on=(9,)),
+    Implementation(
+        "mosaic", _check_sparse_mosaic, _sparse_mosaic, is_kernel=True, proven_on=(9,), loses_registers_from_jax=(0, 12)
+    ),
     Implementation("triton", _check_triton, _sparse_triton, is_kernel=True, is_exportable=False, proven_on=(9,)),
     Implementation("xla", _check_xla, _sparse_xla),
 )

@@ -113,6 +113,7 @@ class Report:
         found = [
             f"ptxas serialises wgmma: {text}" for text in self.warnings if re.search(r"C751[0-2]|serializ", text)
         ]
+        found += [f"ptxas drops the register counts: {text}" for text in self.warnings if "setmaxnreg" in text]
         if self.smem_bytes > mgpu.MAX_SMEM_BYTES:
             found.append(f"{self.smem_bytes} bytes of shared memory, more than {mgpu.MAX_SMEM_BYTES}")
         if self.tmem_columns > MAX_TMEM_COLUMNS:

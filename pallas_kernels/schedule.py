@@ -265,7 +265,9 @@ def _split_in_jnp(*lengths, problem, invariant_blocks=None):
     num_blocks = jnp.full(problem.num_items, problem.fixed_blocks, jnp.int32)  # [items]
     for length, scope in zip(lengths, problem.scopes, strict=True):  # [items / items_each]
         num_blocks += jnp.repeat(_num_blocks(jnp.clip(length, 0, scope.limit)), scope.items_each)  # [items]
-    return split_work(num_blocks, problem.num_parts, invariant_blocks=invariant_blocks)
+    return split_work(
+        num_blocks, problem.num_parts, overhead=problem.overhead, invariant_blocks=invariant_blocks
+    )
 
 
 @functools.partial(jax.jit, static_argnames="problem", inline=True)

@@ -114,15 +114,16 @@ def test_a_kernel_that_no_such_gpu_has_run_says_so(monkeypatch, caplog):
 
 
 def test_a_jax_that_makes_a_kernel_slow_is_named_once(monkeypatch, caplog):
-    monkeypatch.setattr(dispatch, "_local_cuda_device", lambda: Device("9.0"))
-    slow = dataclasses.replace(BEST, slow_from_jax=(0, 12))
+    slow = dataclasses.replace(GOOD, loses_registers_from_jax=(0, 12))
+    cases = (("9.0", (0, 11, 2), 0), ("10.0", (0, 12, 0), 0), ("9.0", (0, 12, 0), 1), ("9.0", (0, 12, 1), 1))
     with caplog.at_level(logging.WARNING, logger="mla_jax"):
-        for version, logs in (((0, 11, 2), 0), ((0, 12, 0), 1), ((0, 12, 1), 1)):
+        for capability, version, logs in cases:
+            monkeypatch.setattr(dispatch, "_local_cuda_device", lambda capability=capability: Device(capability))
             monkeypatch.setattr(jax, "__version_info__", version)
             dispatch.choices(None, (slow, PLAIN), Call, None)
-            dispatch.choices("best", (slow, PLAIN), Call, None)
+            dispatch.choices("good", (slow, PLAIN), Call, None)
             assert len(caplog.records) == logs
-    assert "'best'" in caplog.text and "slower with jax 0.12" in caplog.text
+    assert "'good'" in caplog.text and "as with jax < 0.12" in caplog.text
 
 
 def test_no_log_without_a_gpu(caplog):
