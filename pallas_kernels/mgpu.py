@@ -96,13 +96,20 @@ def rows_to_tile(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return lax.broadcast_in_dim(x, shape, [0])
 
 
-def raised(maximum: jax.Array, candidate: jax.Array, threshold: float) -> jax.Array:
-    """[rows]: what to scale scores by from now on: the maximum so far, unless a row's grew by more than `threshold`.
+def check_rescale_above(powers: float) -> None:
+    """Raises ValueError if a config's `rescale_above` is not one that `raised` can have."""
+    # 2^16 times a row's sum of values leaves float32 and bf16 all the room they need.
+    if not 0 <= powers <= 16:
+        raise ValueError(f"rescale_above must lie in [0, 16], got {powers}")
 
-    All are base-2 logarithms. Weights are then at most 2 ** threshold, which changes the last bits of float32 sums and
-    nothing else; and accumulators need no scaling anew in most steps.
+
+def raised(maximum: jax.Array, candidate: jax.Array, rescale_above: float) -> jax.Array:
+    """[rows]: what to scale scores by from now on: the maximum so far, unless a row grew by more than `rescale_above`.
+
+    All are base-2 logarithms. Weights are then at most 2 ** rescale_above, which changes the last bits of float32 sums
+    and nothing else; and accumulators need no scaling anew in most steps.
     """
-    return jnp.where(candidate > maximum + threshold, candidate, maximum)
+    return jnp.where(candidate > maximum + rescale_above, candidate, maximum)
 
 
 def rescale(accs: tuple[jax.Array, ...], factor: jax.Array, ops: Hardware) -> tuple[jax.Array, ...]:

@@ -56,8 +56,8 @@ def candidates(workload: Dense | Sparse, capability: tuple[int, int] = (9, 0)) -
         base = heuristic(workload.fmt, workload.h, workload.extra.fmt if workload.extra else None)
         changes = [
             dict(share_copies=False),
-            dict(rescale_threshold=8.0),
-            dict(rescale_threshold=None),
+            dict(rescale_above=8.0),
+            dict(rescale_above=None),
             dict(softmax_registers=200, gather_registers=96),
         ]
         if workload.h <= FEW_HEADS:  # the kernel that takes those has no registers to choose

@@ -40,7 +40,7 @@ class DenseConfig:
                 f"two consumers of {self.consumer_registers} registers and a producer of {self.producer_registers} ask "
                 f"for {total}; more than {mgpu.MAX_REGISTERS} would hang the GPU"
             )
-        _check_rescale_above(self.rescale_above)
+        mgpu.check_rescale_above(self.rescale_above)
         _check_combine_rows(self.combine_rows)
 
 
@@ -62,14 +62,8 @@ class DenseSm100Config:
     def __post_init__(self) -> None:
         if self.tile_rows not in (64, 128):
             raise ValueError(f"tile_rows must be 64 or 128, got {self.tile_rows}")
-        _check_rescale_above(self.rescale_above)
+        mgpu.check_rescale_above(self.rescale_above)
         _check_combine_rows(self.combine_rows)
-
-
-def _check_rescale_above(powers: float) -> None:
-    # 2^16 times a row's sum of values leaves float32 and bf16 all the room they need.
-    if not 0 <= powers <= 16:
-        raise ValueError(f"rescale_above must lie in [0, 16], got {powers}")
 
 
 def _check_combine_rows(rows: int | None) -> None:

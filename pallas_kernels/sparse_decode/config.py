@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from pallas_kernels import formats
+from pallas_kernels import formats, mgpu
 from pallas_kernels.formats import KVFormat
 
 TILE_HEADS = 64  # query heads of one CTA: the rows of a wgmma
@@ -31,7 +31,7 @@ class SparseConfig:
         both. Only where the number of tiles is even.
       few_heads: whether up to `FEW_HEADS` heads have the kernel whose products are no larger than they need
         (sm90_few.py, which has registers of its own).
-      rescale_threshold: by how much a row's maximum score, as a base-2 logarithm, may grow before O is rescaled, which
+      rescale_above: by how much a row's maximum score, as a base-2 logarithm, may grow before O is rescaled, which
         most blocks then skip; None: O is rescaled for every block, without a branch. Not of the kernel for few heads.
     """
 
@@ -41,7 +41,7 @@ class SparseConfig:
     copy_registers: int = 40
     share_copies: bool = True
     few_heads: bool = True
-    rescale_threshold: float | None = None
+    rescale_above: float | None = None
 
     def __post_init__(self) -> None:
         registers = (self.softmax_registers, self.value_registers, self.gather_registers, self.copy_registers)
@@ -50,18 +50,18 @@ class SparseConfig:
                 f"registers of the four warpgroups must be multiples of 8 in [24, 240] whose sum is at most "
                 f"{MAX_REGISTERS} (more hangs at setmaxnreg), got {registers}"
             )
-        if self.rescale_threshold is not None:
-            _check_rescale_threshold(self.rescale_threshold)
+        if self.rescale_above is not None:
+            mgpu.check_rescale_above(self.rescale_above)
 
 
 def heuristic(fmt: KVFormat, num_heads: int, extra_fmt: KVFormat | None = None) -> SparseConfig:
     """For these formats of the main and the extra cache: registers with which ptxas spills in no loop.
 
-    On an H200, `rescale_threshold` 8 made MODEL1 1 to 3 % faster, and V32 1 % slower (docs/log.md).
+    On an H200, `rescale_above` 8 made MODEL1 1 to 3 % faster, and V32 1 % slower (docs/log.md).
     """
     del num_heads
     if fmt.d_qk == fmt.d_v:
-        return SparseConfig(rescale_threshold=8.0)
+        return SparseConfig(rescale_above=8.0)
     if fmt.is_quantized and extra_fmt is not None and not extra_fmt.is_quantized:
         return SparseConfig(softmax_registers=200, gather_registers=96)
     return SparseConfig()
@@ -72,23 +72,18 @@ class SparseConfigSm100:
     """The same for the SM100 kernels.
 
     Attributes:
-      rescale_threshold: by how much a row's maximum score, as a base-2 logarithm, may grow before O is rescaled.
+      rescale_above: by how much a row's maximum score, as a base-2 logarithm, may grow before O is rescaled.
         Probabilities are then at most 2 to that power, which changes nothing but the last bits of float32 sums.
       tile_heads: query heads of one CTA, 64, or of two, 128 (sm100_pair.py).
     """
 
-    rescale_threshold: float = 8.0
+    rescale_above: float = 8.0
     tile_heads: int = TILE_HEADS
 
     def __post_init__(self) -> None:
         if self.tile_heads not in (TILE_HEADS, PAIR_HEADS):
             raise ValueError(f"tile_heads must be {TILE_HEADS} or {PAIR_HEADS}, got {self.tile_heads}")
-        _check_rescale_threshold(self.rescale_threshold)
-
-
-def _check_rescale_threshold(powers: float) -> None:
-    if not 0 <= powers <= 16:
-        raise ValueError(f"rescale_threshold must be in [0, 16], got {powers}")
+        mgpu.check_rescale_above(self.rescale_above)
 
 
 def sm100_heuristic(fmt: KVFormat, num_heads: int, extra_fmt: KVFormat | None = None) -> SparseConfigSm100:

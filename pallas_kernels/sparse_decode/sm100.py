@@ -28,7 +28,7 @@ and the barriers between them (those that `tcgen05_commit_arrive` completes in b
 
 The tensor cores take products in the order of issue; with two issuers neither waits for what the other needs.
 
-O is rescaled only when a row's maximum has grown by more than `rescale_threshold` since the last time: P is then at
+O is rescaled only when a row's maximum has grown by more than `rescale_above` since the last time: P is then at
 most 2 to that power instead of 1, which float32 sums do not mind, and most blocks leave O alone.
 """
 
@@ -135,7 +135,7 @@ def _softmax_warpgroup(call, *, p, rows, s, o, s_ready, s_free, p_ready, pv_done
         bias = plgpu.load(rows.at[_stage(first_block + i)], layout=WGMMA_COLUMN)  # [64 keys]
         scores = scores * scale2 + lax.broadcast_in_dim(bias, scores.shape, [1])
         highest = jnp.maximum(top, scores.max(axis=1))
-        grown = call.ops.any_row((highest > top + call.config.rescale_threshold).astype(jnp.int32)) != 0
+        grown = call.ops.any_row((highest > top + call.config.rescale_above).astype(jnp.int32)) != 0
         new_top = jnp.where(lax.broadcast_in_dim(grown, top.shape, []), highest, top)
         rescale = jnp.exp2(top - new_top)
         weights = jnp.exp2(scores - rows_to_tile(new_top, scores.shape))

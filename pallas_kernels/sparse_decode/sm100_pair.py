@@ -164,7 +164,7 @@ def _softmax_warpgroup(call, *, rows, s, p, o, q_others, s_ready, s_free, p_read
         bias = plgpu.load(rows.at[_stage(first_block + i)], layout=NATIVE_COLUMN)  # [64 keys]
         scores = scores * scale2 + lax.broadcast_in_dim(bias, scores.shape, [1])
         highest = jnp.maximum(top, scores.max(axis=1))
-        grown = call.ops.any_positive(highest - (top + call.config.rescale_threshold), NATIVE_ROW)
+        grown = call.ops.any_positive(highest - (top + call.config.rescale_above), NATIVE_ROW)
         new_top = jnp.where(lax.broadcast_in_dim(grown, top.shape, []), highest, top)
         rescale = jnp.exp2(top - new_top)
         weights = jnp.exp2(scores - rows_to_tile(new_top, scores.shape))

@@ -116,7 +116,7 @@ def _scaled(acc, factor):
 
 def _rescaled(acc, factor, config, ops):
     """The same for factors of which most may be 1."""
-    return _scaled(acc, factor) if config.rescale_threshold is None else mgpu.rescale(acc, factor, ops)
+    return _scaled(acc, factor) if config.rescale_above is None else mgpu.rescale(acc, factor, ops)
 
 
 def _no_values(fmt):
@@ -163,8 +163,8 @@ def _softmax_warpgroup(
         bias = plgpu.load(rows.at[BIAS_ROW + stage], layout=WGMMA_COLUMN)  # [64 keys]
         s = s * scale2 + lax.broadcast_in_dim(bias, s.shape, [1])
         highest = s.max(axis=1)
-        lazy = config.rescale_threshold is not None
-        new_top = mgpu.raised(top, highest, config.rescale_threshold) if lazy else jnp.maximum(top, highest)
+        lazy = config.rescale_above is not None
+        new_top = mgpu.raised(top, highest, config.rescale_above) if lazy else jnp.maximum(top, highest)
         rescale = jnp.exp2(top - new_top)
         weights = jnp.exp2(s - rows_to_tile(new_top, s.shape))
         probabilities = weights.astype(jnp.bfloat16)

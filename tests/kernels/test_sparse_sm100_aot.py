@@ -91,8 +91,8 @@ def test_values_fit_where_raw_bytes_were(fmt):
 
 
 def test_config_names_what_it_accepts():
-    with pytest.raises(ValueError, match=r"rescale_threshold must be in \[0, 16\], got 17"):
-        SparseConfigSm100(rescale_threshold=17)
+    with pytest.raises(ValueError, match=r"rescale_above must lie in \[0, 16\], got 17"):
+        SparseConfigSm100(rescale_above=17)
     with pytest.raises(ValueError, match="tile_heads must be 64 or 128, got 96"):
         SparseConfigSm100(tile_heads=96)
 
