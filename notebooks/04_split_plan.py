@@ -56,7 +56,7 @@ def makespan(rows):
 # ## Eight requests on twelve SMs
 #
 # Each line is an SM, each bar a piece of a request, as long as it has blocks of 64 keys. The grey tip of a bar is what a
-# piece costs beside its blocks (loading q, writing the result): about five blocks' time. Above, every request on an SM of
+# piece costs beside its blocks (loading q, writing the result): about two blocks' time. Above, every request on an SM of
 # its own; below, the plan. The dashed line is where all would end if work could be divided without any cost.
 
 
