@@ -85,7 +85,7 @@ def test_equals_the_jnp_plan(problem, seed):
     check(*(draw(rng, problem.num_items // scope.items_each) for scope in problem.scopes), problem=problem)
 
 
-@pytest.mark.parametrize("length", [0, 1, 64, 4096, 8192, 2**31 - 1, -1])
+@pytest.mark.parametrize("length", [0, 1, 64, 4096, 8192, 16384, 2**31 - 1, -1])
 def test_equal_lengths(length):
     for problem in (PROBLEMS[1], PROBLEMS[4]):  # one item, and 128
         check(np.full(problem.num_items, length, np.int32), problem=problem)

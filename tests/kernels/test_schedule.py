@@ -86,6 +86,8 @@ def test_every_block_once_and_balanced(case, invariant_blocks):
         ([64] * 132, 132, 64, 132),
         ([16] * 12, 12, 16, 12),
         ([128] * 32, 132, 32, 128),  # quarters
+        ([256] * 128, 132, 256, 128),  # whole: the last 3 % of the parts are not worth merging (docs/log.md)
+        ([64] * 8, 132, 4, 132),
         ([64] * 128, 33, 256, 128),  # four whole requests each, though cutting some would even things out by 1 %
     ],
 )
