@@ -123,12 +123,13 @@ class Design:
     def tmem(self) -> dict[str, Any]:
         """Arrays in TMEM by name; the output of value group g is `sum_g`.
 
-        They lie there in the order of their names. P, or S, first: what two warpgroups use needs no address of its own.
+        They lie there in the order of their names: P, or the first group of the output, is first and needs no address
+        of its own. In this order ptxas spills least (docs/log.md).
         """
         arrays = {}
         for group, width in self.value_groups.items():
             arrays[f"sum_{group}"] = plgpu.TMEM((self.rows, width), jnp.float32)
-        arrays["scores"] = plgpu.TMEM((self.rows, BLOCK), jnp.float32)
+        arrays["unscaled_scores"] = plgpu.TMEM((self.rows, BLOCK), jnp.float32)
         if self.p_in_tmem:
             arrays["p"] = plgpu.TMEM((self.rows, BLOCK), jnp.bfloat16, packed=True)
         if self.q_in_tmem:
@@ -180,7 +181,7 @@ def _products(*, shape, design, part, inputs, refs, bars, ops):
             plgpu.barrier_wait(bars[f"full_{group}"].at[stage])
             keys = refs[group].at[stage].transpose((1, 0))  # [width, BLOCK]
             plgpu.tcgen05_mma(
-                refs["scores"], design.q_part(refs, group, width), keys, accumulate=index > 0
+                refs["unscaled_scores"], design.q_part(refs, group, width), keys, accumulate=index > 0
             )
             if group in design.key_groups:
                 plgpu.tcgen05_commit_arrive(bars[f"free_{group}"].at[stage])
@@ -261,7 +262,7 @@ def _softmax_step(i, carry, *, work, count, design, config, tile_index, refs, ba
     else:
         room = work.room(block)  # its loads come back while the scores are computed
     plgpu.barrier_wait(bars["scores"])
-    scores = plgpu.async_load_tmem(refs["scores"], layout=design.layout)  # f32 [rows, BLOCK]
+    scores = plgpu.async_load_tmem(refs["unscaled_scores"], layout=design.layout)  # f32 [rows, BLOCK]
     plgpu.wait_load_tmem()
     plgpu.barrier_arrive(bars["free_scores"])
     dyn = mgpu.opaque_zero(i)

@@ -67,6 +67,7 @@ WGMMA_COLUMN = WGMMA.reduce(0)  # a product of 64 rows lies in registers as a wg
 # has few of those left beside a part of O: with fewer for the last two, ptxas keeps addresses on the stack
 # (docs/log.md).
 REGISTERS = (160, 128, 112, 112)
+REGISTERS_TWO_QUANTIZED = (176, 112, 112, 112)  # where both caches are quantised
 ACC_COLUMNS = 128  # of one accumulator at most: 64 registers a thread when it is rescaled
 
 
@@ -312,8 +313,11 @@ def _run(call, **scratch):
         ),
     }
 
+    two_quantized = sum(scope.fmt.is_quantized for scope in call.scopes) == 2
+    registers = REGISTERS_TWO_QUANTIZED if two_quantized else REGISTERS
+
     def play(number, role, names):
-        gather.set_registers(REGISTERS[number])
+        gather.set_registers(registers[number])
         role(call, **{name: scratch[name] for name in names.split()})
 
     for number, (role, names) in roles.items():

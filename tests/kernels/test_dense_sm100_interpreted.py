@@ -110,11 +110,11 @@ PLANTED = {
         STORE_P + "\n" + OUT_IS_DONE,
     ),
     "scores are overwritten before they are read": (
-        '    scores = plgpu.async_load_tmem(refs["scores"], layout=design.layout)  # f32 [rows, BLOCK]\n'
+        '    scores = plgpu.async_load_tmem(refs["unscaled_scores"], layout=design.layout)  # f32 [rows, BLOCK]\n'
         "    plgpu.wait_load_tmem()\n"
         '    plgpu.barrier_arrive(bars["free_scores"])\n',
         '    plgpu.barrier_arrive(bars["free_scores"])\n'
-        '    scores = plgpu.async_load_tmem(refs["scores"], layout=design.layout)  # f32 [rows, BLOCK]\n'
+        '    scores = plgpu.async_load_tmem(refs["unscaled_scores"], layout=design.layout)  # f32 [rows, BLOCK]\n'
         "    plgpu.wait_load_tmem()\n",
     ),
     "Q is replaced while the result is staged in it": (
